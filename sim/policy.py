@@ -93,6 +93,7 @@ class RequestView(Protocol):
     @property
     def remaining_tokens(self) -> int:
         """Tokens still to be prefilled (prompt, or prompt and generated tokens after a recompute)."""
+
     @property
     def priority(self) -> int: ...
     @property
@@ -121,9 +122,11 @@ class ReplicaView(Protocol):
     @property
     def num_prefilling(self) -> int:
         """Requests here whose prompt is not finished, waiting ones included."""
+
     @property
     def num_decoding(self) -> int:
         """Requests here whose prompt is finished, those whose KV is still on its way included."""
+
     @property
     def pending_prefill_tokens(self) -> int: ...
     @property
@@ -146,9 +149,11 @@ class View(Protocol):
     @property
     def replicas(self) -> Sequence[ReplicaView]:
         """Replicas that are up and accept requests, in the plan's order."""
+
     def replica(self, name: str) -> ReplicaView: ...
     def seconds_to_move(self, source: str, target: str, kv_bytes: float) -> float:
         """Uncontended seconds to carry KV from one replica to another."""
+
     @property
     def rng(self) -> np.random.Generator:
         """The policy's own named random stream."""
@@ -172,23 +177,29 @@ class Batch(Protocol):
     def waiting(self) -> Iterator[RequestView]:
         """Queued requests in queue order (recomputed ones stand in front). Admitting the request just
         yielded while iterating is allowed."""
+
     @property
     def prefilling(self) -> Sequence[RequestView]:
         """Admitted requests whose prompt is unfinished, in order of admission."""
+
     @property
     def swapped(self) -> Sequence[RequestView]:
         """Requests whose KV lies in host memory, first swapped out first."""
+
     @property
     def paused(self) -> Sequence[RequestView]:
         """Decoding requests that were left out of the last batch, their KV kept."""
+
     @property
     def decoding(self) -> Sequence[RequestView]:
         """Decoding requests in order of admission (costs time linear in their number)."""
+
     @property
     def num_running(self) -> int: ...
     @property
     def num_decodes(self) -> int:
         """Decoding requests that could take part in this iteration."""
+
     @property
     def free_blocks(self) -> int: ...
     @property
@@ -196,14 +207,19 @@ class Batch(Protocol):
     @property
     def preempted(self) -> int:
         """How many requests this batch has preempted."""
+
     def tokens_wanted(self, request: RequestView) -> int:
         """Tokens a waiting request would have to compute if admitted now (cached prefix excluded)."""
-    def blocks_short(self) -> int:
-        """Blocks missing for every running decode to append one token; 0 when all can."""
+
+    @property
+    def blocks_to_grow(self) -> int:
+        """Blocks that the running decodes need to append one token each (0 once they are in the batch)."""
     def last_running(self) -> RequestView | None:
         """The most recently admitted request that could be preempted."""
+
     def preempt(self, request: RequestView, how: Literal["recompute", "swap"] = "recompute") -> None:
         """Free its KV: recompute puts it in front of the queue, swap moves its KV to the host."""
+
     def admit(
         self,
         request: RequestView,
@@ -217,12 +233,16 @@ class Batch(Protocol):
         Blocks are taken for ``reserve_tokens`` (default: what is computed after this step);
         ``False``, and nothing done, when that would leave fewer than ``keep_free_blocks`` free.
         """
+
     def prefill(self, request: RequestView, tokens: int) -> bool:
         """Compute the next ``tokens`` of an admitted prompt; ``False`` if blocks are missing."""
+
     def swap_in(self, request: RequestView, *, keep_free_blocks: int = 0) -> bool:
         """Bring a swapped request back."""
+
     def decode(self, leave_out: Iterable[RequestView] = ()) -> None:
         """Let the running decodes take part, one token each; those left out pause with their KV kept."""
+
     def repeat_at_most(self, iterations: int) -> None:
         """The same decision holds for at most so many iterations even if nothing comes from outside.
 
@@ -245,6 +265,9 @@ class Router(Protocol):
     """Chooses a request's way once, on arrival (and again if a fault takes its way from it)."""
 
     def route(self, request: RequestView, view: View) -> Route | Reject: ...
+
+    def finished(self, request: RequestView) -> None:
+        """A request this router placed has left the system, or lost its place to a fault."""
 
 
 class Batcher(Protocol):

@@ -1,0 +1,19 @@
+"""The serving systems, one file each: ``SYSTEMS[name](**options)`` gives a ``System``.
+
+A factory's keyword parameters are the options a scenario may set, its docstring's first line is its description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sim.policy import System
+from sim.systems.sarathi_serve import sarathi_serve
+from sim.systems.splitwise import splitwise
+from sim.systems.vllm import vllm
+
+SYSTEMS: dict[str, Callable[..., System]] = {
+    "vllm": vllm,
+    "sarathi-serve": sarathi_serve,
+    "splitwise": splitwise,
+}

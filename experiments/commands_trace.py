@@ -1,0 +1,143 @@
+"""``phasewise trace stats | convert | generate``: traces without a simulation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from experiments.requests import RequestStream
+
+app = typer.Typer(help="Describe, convert and generate request traces.", no_args_is_help=True, rich_markup_mode=None)
+
+Trace = Annotated[str, typer.Argument(metavar="TRACE", help="a trace file, or 'sample'")]
+FormatName = Annotated[str | None, typer.Option("--format", help="trace format; guessed where unambiguous")]
+BlockTokens = Annotated[int | None, typer.Option(help="tokens per prefix hash, for formats that do not say")]
+TimeUnit = Annotated[str | None, typer.Option(help="s, ms, us or ns, for formats that do not say")]
+Sort = Annotated[bool, typer.Option("--sort", help="order by arrival (holds the trace in memory)")]
+Limit = Annotated[int | None, typer.Option(help="the first N requests")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no log on stderr")]
+Seed = Annotated[int, typer.Option(help="seed of drawn arrivals and lengths")]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="file to write: .csv or .parquet")]
+Arrivals = Annotated[str, typer.Option(help="poisson, constant or gamma")]
+Cv = Annotated[float | None, typer.Option(help="coefficient of variation of gamma arrivals")]
+
+
+@app.command()
+def stats(
+    trace: Trace,
+    format_: FormatName = None,
+    block_tokens: BlockTokens = None,
+    time_unit: TimeUnit = None,
+    sort: Sort = False,
+    limit: Limit = None,
+    json_: Json = False,
+) -> None:
+    """Size, rate, lengths, burstiness and prefix reuse of a trace."""
+    from traces import statistics
+
+    stream = _stream(trace, format=format_, sort=sort, limit=limit, **_options(block_tokens, time_unit))
+    figures = {**statistics(stream), "skipped": stream.skipped}
+    if json_:
+        print(json.dumps(figures, indent=2, allow_nan=False))
+        return
+    for name, value in figures.items():
+        print(f"{name:<20} {'-' if value is None else f'{value:,.6g}' if isinstance(value, float) else f'{value:,}'}")
+
+
+@app.command()
+def convert(
+    trace: Trace,
+    out: Target,
+    format_: FormatName = None,
+    block_tokens: BlockTokens = None,
+    time_unit: TimeUnit = None,
+    sort: Sort = False,
+    limit: Limit = None,
+    start_s: Annotated[float, typer.Option(help="leave out what arrives before")] = 0.0,
+    end_s: Annotated[float | None, typer.Option(help="leave out what arrives from then on")] = None,
+    time_scale: Annotated[float | None, typer.Option(help="stretch every interval: 2 halves the rate")] = None,
+    rate: Annotated[float | None, typer.Option(help="draw arrivals anew, requests/s")] = None,
+    arrivals: Arrivals = "poisson",
+    cv: Cv = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Read any known format, slice and rescale it, and write our own format."""
+    stream = _stream(
+        trace, seed=seed, format=format_, sort=sort, limit=limit, start_s=start_s, end_s=end_s, time_scale=time_scale,
+        rate=rate, arrivals=arrivals, cv=cv, **_options(block_tokens, time_unit),
+    )  # fmt: skip
+    _write(out, stream, quiet)
+
+
+@app.command()
+def generate(
+    out: Target,
+    requests: Annotated[int, typer.Option(help="how many")] = 1000,
+    rate: Annotated[float, typer.Option(help="requests/s")] = 1.0,
+    arrivals: Arrivals = "poisson",
+    cv: Cv = None,
+    input_: Annotated[
+        str,
+        typer.Option("--input", metavar="LENGTHS", help="input tokens, as in a scenario: {mean: 1155, median: 1020}"),
+    ] = "{mean: 1155, median: 1020}",
+    output: Annotated[
+        str, typer.Option(metavar="LENGTHS", help="output tokens: {fixed: 128}, {uniform: [1, 256]} ...")
+    ] = "{mean: 211, median: 129}",
+    rank_correlation: Annotated[float, typer.Option(help="of input and output tokens")] = 0.0,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Draw a trace from distributions; the defaults have the mean and median of Azure's conversations (2023)."""
+    spec = {
+        "requests": requests,
+        "input": _yaml("--input", input_),
+        "output": _yaml("--output", output),
+        "rank_correlation": rank_correlation,
+    }
+    _write(out, _stream(None, seed=seed, generate=spec, rate=rate, arrivals=arrivals, cv=cv), quiet)
+
+
+def _stream(trace: str | None, *, seed: int = 0, **fields: Any) -> RequestStream:
+    """The same stream that a scenario with this workload would replay."""
+    from pydantic import ValidationError
+
+    from experiments.complaints import first_fault
+    from experiments.requests import RequestStream
+    from experiments.scenario import WorkloadSpec
+    from sim.types import ConfigError
+
+    try:
+        workload = WorkloadSpec(trace=trace, **fields)
+    except ValidationError as error:
+        raise ConfigError(f"trace: {first_fault(error)}") from None
+    return RequestStream(workload, seed=seed, max_model_len=None)
+
+
+def _write(out: Path, stream: RequestStream, quiet: bool) -> None:
+    from experiments.progress import Log
+    from traces import write
+
+    written = write(out, stream)
+    Log(quiet).say(f"wrote {written:,} requests to {out} ({stream.skipped:,} without tokens left out)")
+
+
+def _options(block_tokens: int | None, time_unit: str | None) -> dict[str, Any]:
+    options = {"block_tokens": block_tokens, "time_unit": time_unit}
+    return {"format_options": {name: value for name, value in options.items() if value is not None}}
+
+
+def _yaml(option: str, text: str) -> Any:
+    import yaml
+
+    from sim.types import ConfigError
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{option} {text!r}: not valid YAML; write it like '{{fixed: 128}}'") from None

@@ -1,0 +1,42 @@
+"""All figures of one or several runs into one folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from experiments.plots.attainment import attainment_by_scale
+from experiments.plots.latency import latency_cdfs
+from experiments.plots.occupancy import occupancy
+from experiments.plots.overview import overview
+from experiments.plots.style import Drawing, save
+from experiments.plots.timeline import Window, gpu_timeline
+from experiments.rundir import Run
+from sim.types import Slo
+
+
+def save_all(
+    runs: Mapping[str, Run], folder: Path, *, title: str, slo: Slo | None = None, window_s: Window | None = None
+) -> list[Path]:
+    """Write every figure (PNG, SVG, CSV) into a folder that is there; the SLO is the first run's unless given."""
+    slo = slo or slo_of(next(iter(runs.values())))
+    return [path for name, drawing in drawings(runs, slo, title, window_s) for path in save(drawing, folder, name)]
+
+
+def drawings(
+    runs: Mapping[str, Run], slo: Slo, title: str, window_s: Window | None = None
+) -> Iterator[tuple[str, Drawing]]:
+    """(file name, drawing) of every figure, one at a time."""
+    yield "overview", overview(runs, slo, title)
+    yield "latency-cdf", latency_cdfs(runs, slo)
+    yield "slo-attainment", attainment_by_scale(runs, slo)
+    yield "kv-and-queue", occupancy(runs)
+    for name, run in runs.items():
+        yield f"timeline-{re.sub(r'[^a-z0-9.]+', '-', name.lower())}", gpu_timeline(run, window_s)
+
+
+def slo_of(run: Run) -> Slo:
+    """The targets a run's summary was made with."""
+    figures = run.summary["slo"]
+    return Slo(ttft_s=figures["ttft_s"], tpot_s=figures["tpot_s"], e2e_s=figures["e2e_s"], attainment=figures["target"])

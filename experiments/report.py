@@ -1,0 +1,151 @@
+"""Summaries as tables for people: one run, and several side by side with the winner of each metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sim.metrics import LATENCIES
+
+Summary = Mapping[str, Any]
+Better = Literal["lower", "higher"]
+
+
+class Metric(NamedTuple):
+    """A row of the comparison: where its value stands in a summary, how it is shown, which way is better."""
+
+    name: str
+    keys: tuple[str, ...]
+    better: Better | None
+    form: str = "{:,.3f}"
+    factor: float = 1.0
+
+    def value(self, summary: Summary) -> float | None:
+        value: Any = summary
+        for key in self.keys:
+            value = value[key]
+        return None if value is None else float(value) * self.factor
+
+    def text(self, value: float | None) -> str:
+        return "-" if value is None else self.form.format(value)
+
+
+METRICS = (
+    Metric("TTFT p50 (s)", ("ttft_s", "p50"), "lower"),
+    Metric("TTFT p99 (s)", ("ttft_s", "p99"), "lower"),
+    Metric("TPOT p50 (s)", ("tpot_s", "p50"), "lower", "{:,.4f}"),
+    Metric("TPOT p99 (s)", ("tpot_s", "p99"), "lower", "{:,.4f}"),
+    Metric("E2E p50 (s)", ("e2e_s", "p50"), "lower", "{:,.2f}"),
+    Metric("E2E p99 (s)", ("e2e_s", "p99"), "lower", "{:,.2f}"),
+    Metric("SLO attainment (%)", ("slo", "attainment"), "higher", "{:.1f}", 100),
+    Metric("goodput (requests/s)", ("slo", "goodput_per_s"), "higher", "{:,.2f}"),
+    Metric("output tokens/s", ("output_tokens_per_s",), "higher", "{:,.0f}"),
+    Metric("cost ($ per 1M output tokens)", ("usd_per_million_tokens",), "lower", "{:,.2f}"),
+    Metric("makespan (s)", ("makespan_s",), "lower", "{:,.1f}"),
+    Metric("completed (requests)", ("completed",), "higher", "{:,.0f}"),
+    Metric("rejected (requests)", ("rejected",), "lower", "{:,.0f}"),
+    Metric("failed (requests)", ("failed",), "lower", "{:,.0f}"),
+    Metric("preemptions", ("preemptions",), "lower", "{:,.0f}"),
+    Metric("KV moved (GB)", ("bytes_moved",), None, "{:,.1f}", 1e-9),
+)
+LATENCY_COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
+
+
+def winners(summaries: Mapping[str, Summary]) -> dict[str, list[str]]:
+    """Metric name -> labels with the best value as shown; none where all are equal or nobody has one."""
+    best: dict[str, list[str]] = {}
+    for metric in METRICS:
+        shown = {label: _shown(metric, summary) for label, summary in summaries.items()}
+        known = [value for value in shown.values() if value is not None]
+        if metric.better is None or len(known) < 1 or len(set(shown.values())) == 1:
+            best[metric.name] = []
+            continue
+        record = min(known) if metric.better == "lower" else max(known)
+        best[metric.name] = [label for label, value in shown.items() if value == record]
+    return best
+
+
+def comparison_json(summaries: Mapping[str, Summary]) -> dict[str, Any]:
+    return {"systems": dict(summaries), "winners": winners(summaries)}
+
+
+def print_comparison(summaries: Mapping[str, Summary], *, title: str) -> None:
+    """Metrics as rows, systems as columns; the winner is bold and starred."""
+    console = _console()
+    best = winners(summaries)
+    table = Table(title=_heading(title, next(iter(summaries.values()))), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("metric")
+    for label in summaries:
+        table.add_column(label, justify="right", no_wrap=True)
+    for metric in METRICS:
+        cells = [
+            f"[bold]{text} *[/bold]" if label in best[metric.name] else f"{text}  "
+            for label, summary in summaries.items()
+            for text in (metric.text(metric.value(summary)),)
+        ]
+        table.add_row(metric.name, *cells)
+    console.print(table)
+    for label, summary in summaries.items():
+        _print_notes(console, summary, f"{label}: ")
+
+
+def print_run(summary: Summary) -> None:
+    """Latency distributions, then the totals."""
+    console = _console()
+    table = Table(
+        title=_heading(f"{summary['name']}: {summary['system']}", summary), title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("latency")
+    for column in LATENCY_COLUMNS:
+        table.add_column(column, justify="right")
+    for name in LATENCIES:
+        cells = [summary[name][column] for column in LATENCY_COLUMNS]
+        label = name.removesuffix("_s")
+        shown = label.upper() if label in ("ttft", "tpot", "e2e") else label
+        table.add_row(f"{shown} (s)", *("-" if cell is None else f"{cell:.4f}" for cell in cells))
+    console.print(table)
+    totals = Table(box=None, show_header=False)
+    for metric in METRICS[6:]:
+        totals.add_row(metric.name, metric.text(metric.value(summary)))
+    console.print(totals)
+    _print_notes(console, summary, "")
+
+
+def _print_notes(console: Console, summary: Summary, label: str) -> None:
+    """What a reader must know before trusting the figures."""
+    for reason, count in summary["reasons"].items():
+        console.print(f"{label}{count:,} not served: {reason}", highlight=False, markup=False)
+    if not summary["completed"]:
+        console.print(f"{label}no request completed, so there are no latencies", highlight=False, markup=False)
+    if summary["unmeasured_gpus"]:
+        names = ", ".join(summary["unmeasured_gpus"])
+        console.print(f"{label}roofline estimate, not measured: step times of {names}", highlight=False, markup=False)
+    if summary["extrapolated_share"]:
+        share = summary["extrapolated_share"]
+        console.print(
+            f"{label}{share:.1%} of the iterations lie outside the measured range", highlight=False, markup=False
+        )
+
+
+def _heading(title: str, summary: Summary) -> str:
+    price = summary["cluster_usd_per_hour"]
+    cost = "price unknown" if price is None else f"${price:,.2f}/h"
+    bounds = [f"{name.upper()} {summary['slo'][f'{name}_s']:g} s" for name in ("ttft", "tpot", "e2e")
+              if summary["slo"][f"{name}_s"] is not None]  # fmt: skip
+    slo = f"; SLO {', '.join(bounds)}" if bounds else ""
+    return f"{title} ({summary['requests']:,} requests; cluster {cost}{slo})"
+
+
+def _shown(metric: Metric, summary: Summary) -> float | None:
+    value = metric.value(summary)
+    return None if value is None else float(metric.text(value).replace(",", ""))
+
+
+def _console() -> Console:
+    """Wide enough for its tables where stdout is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)

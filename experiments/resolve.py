@@ -1,0 +1,207 @@
+"""From a scenario to what the simulator takes: problem, system, requests, events; and one call that runs it.
+
+>>> from experiments.scenario import Scenario
+>>> from experiments.resolve import resolve
+>>> setup = resolve(Scenario.load("experiments/quickstart.yaml"))     # doctest: +SKIP
+>>> result = setup.run()                                              # doctest: +SKIP
+>>> setup.summary(result)["ttft_s"]["p50"]                            # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, validate_call
+
+from calibrate.profile_file import read_profile, shipped_profiles
+from experiments.complaints import first_fault
+from experiments.requests import RequestStream
+from experiments.scenario import EventSpec, Scenario, SystemSpec
+from sim.cluster import Cluster, did_you_mean, gpu, gpus
+from sim.cost import Fitted, Profile, Roofline, StepCost
+from sim.engine import simulate
+from sim.metrics import summarise
+from sim.model import model
+from sim.policy import Predictor, Problem, System, Workload
+from sim.predictors import ConstantLength, TrueLength
+from sim.record import Result
+from sim.systems import SYSTEMS
+from sim.types import ClusterEvent, ConfigError, Slo
+from traces import TraceSource, read_events
+
+SAMPLED_REQUESTS = 2000
+"""How many of the first requests planners and predictors may know the lengths of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Everything a run needs, built and checked. It can be run any number of times."""
+
+    scenario: Scenario
+    problem: Problem
+    system: System
+    requests: RequestStream
+    events: tuple[ClusterEvent, ...]
+    predictor: Predictor
+    usd_per_hour: float | None
+
+    def run(self, *, step_by_step: bool = False, progress: Callable[[int], None] | None = None) -> Result:
+        """Simulate. ``ConfigError`` if no plan fits, or for a fault further down in the trace."""
+        with _named(self.scenario):
+            return simulate(
+                self.problem,
+                self.system,
+                TraceSource(self.requests),
+                events=self.events,
+                predictor=self.predictor,
+                step_by_step=step_by_step,
+                until_s=self.scenario.until_s,
+                progress=progress,
+            )
+
+    def summary(self, result: Result) -> dict[str, Any]:
+        """``sim.metrics.summarise`` with this scenario's SLO and prices, and what became of the trace."""
+        figures = summarise(result, self.problem.slo, usd_per_hour=self.usd_per_hour)
+        lengths = result.columns["input_tokens"] + result.columns["output_tokens"]
+        longest = self.requests.max_model_len
+        over = 0 if longest is None else int((lengths > longest).sum())
+        workload = {
+            "too_long": {
+                "rule": self.requests.rule,
+                "requests": over + self.requests.truncated,
+                "max_model_len": longest,
+            },
+            "skipped": self.requests.skipped,
+            "rate_per_s": self.problem.workload.rate_per_s,
+        }
+        return {**figures, "workload": workload, "predictor": self.predictor.name, "seed": self.problem.seed}
+
+
+def resolve(scenario: Scenario) -> Setup:
+    """Build everything a scenario describes; ``ConfigError`` names the file, the field, the value and the mend."""
+    with _named(scenario):
+        spec = scenario.cluster
+        cluster = Cluster.of(
+            nodes=[node.model_dump(exclude_none=True) for node in spec.nodes],
+            links=spec.links.model_dump(exclude_none=True),
+        )
+        system = build_system(scenario.system)
+        the_model = model(scenario.model, scenario.dtype)
+        longest = system.limits.max_model_len or the_model.max_position_embeddings
+        requests = RequestStream(scenario.workload, seed=scenario.seed, max_model_len=longest)
+        workload = known_workload(requests)
+        problem = Problem(
+            cluster=cluster,
+            model=the_model,
+            cost=build_cost(scenario.latency),
+            workload=workload,
+            slo=Slo(**scenario.slo.model_dump()),
+            limits=system.limits,
+            seed=scenario.seed,
+        )
+        return Setup(
+            scenario=scenario,
+            problem=problem,
+            system=system,
+            requests=requests,
+            events=build_events(scenario.events),
+            predictor=build_predictor(scenario.predictor, workload),
+            usd_per_hour=cluster.usd_per_hour(spot=spec.pricing == "spot"),
+        )
+
+
+def run(scenario: Scenario, *, step_by_step: bool = False, progress: Callable[[int], None] | None = None) -> Result:
+    """Resolve and simulate."""
+    return resolve(scenario).run(step_by_step=step_by_step, progress=progress)
+
+
+def build_system(spec: SystemSpec) -> System:
+    """The system a scenario names, with its options and engine settings."""
+    if spec.name not in SYSTEMS:
+        raise ConfigError(f"system.name: {did_you_mean(spec.name, SYSTEMS)}")
+    factory = SYSTEMS[spec.name]
+    known = inspect.signature(factory).parameters
+    for option in spec.options:
+        if option not in known:
+            raise ConfigError(f"system.{option}: the key {did_you_mean(option, [*known, 'engine', 'name'])}")
+    try:
+        system = validate_call(factory)(**spec.options)
+    except ValidationError as error:
+        raise ConfigError(f"system.{first_fault(error)}") from None
+    return system.with_limits(replace(system.limits, **spec.engine.model_dump(exclude_none=True)))
+
+
+def known_workload(requests: RequestStream) -> Workload:
+    """Rate and lengths of the first requests: what planners and predictors are told."""
+    head = list(islice(requests, SAMPLED_REQUESTS))
+    if not head:
+        raise ConfigError("workload: it has no requests; widen start_s and end_s, or name another trace")
+    span_s = head[-1].arrival_s - head[0].arrival_s
+    rate_per_s = (len(head) - 1) / span_s if span_s > 0 else float(len(head))
+    return Workload(rate_per_s=rate_per_s, lengths=tuple((item.input_tokens, item.output_tokens) for item in head))
+
+
+def build_predictor(name: str, workload: Workload) -> Predictor:
+    if name == "oracle":
+        return TrueLength()
+    if name == "max":
+        return ConstantLength(max(pair[1] for pair in workload.lengths), "max")
+    return ConstantLength(max(1, round(workload.mean_output_tokens)), "mean")
+
+
+def build_events(events: str | tuple[EventSpec, ...] | None) -> tuple[ClusterEvent, ...]:
+    if isinstance(events, str):
+        return tuple(read_events(events))
+    return tuple(ClusterEvent(**event.model_dump()) for event in events or ())
+
+
+def build_cost(latency: str | Mapping[str, str] | None) -> StepCost:
+    """Step times: all shipped profiles, one named, one per GPU type, or the roofline alone."""
+    if latency is None:
+        return Fitted(profiles=tuple(read_profile(path) for path in shipped_profiles().values()))
+    if latency == "roofline":
+        return Roofline()
+    if isinstance(latency, str):
+        return Fitted(profiles=(_profile("latency", latency),))
+    profiles = []
+    for kind, name in latency.items():
+        if str(kind).lower() not in {entry.name.lower() for entry in gpus()}:
+            raise ConfigError(f"latency.{kind}: the GPU {did_you_mean(kind, [entry.name for entry in gpus()])}")
+        if name != "roofline":
+            profiles.append(_only_on(gpu(kind).name, name, _profile(f"latency.{kind}", name)))
+    return Fitted(profiles=tuple(profiles))
+
+
+def _profile(place: str, name: str) -> Profile:
+    shipped = shipped_profiles()
+    if name in shipped:
+        return read_profile(shipped[name])
+    if Path(name).is_file():
+        return read_profile(name)
+    raise ConfigError(f"{place}: the profile {did_you_mean(name, ['roofline', *shipped])}; or give the path of a file")
+
+
+def _only_on(kind: str, name: str, profile: Profile) -> Profile:
+    entries = tuple(replace(entry, gpus=(kind,)) for entry in profile.entries if kind in entry.gpus)
+    if not entries:
+        has = sorted({gpu for entry in profile.entries for gpu in entry.gpus})
+        raise ConfigError(f"latency.{kind}: the profile {name} has no entry for it; it has {', '.join(has)}")
+    return replace(profile, entries=entries)
+
+
+@contextmanager
+def _named(scenario: Scenario) -> Iterator[None]:
+    """Puts the scenario file's name in front of errors, other than those that name the trace file first."""
+    try:
+        yield
+    except ConfigError as error:
+        trace = scenario.workload.trace
+        if trace and str(error).startswith(trace):
+            raise
+        raise ConfigError(f"{scenario.where}: {error}") from None

@@ -1,0 +1,157 @@
+"""Run directories: a finished run as files, written whole or not at all, and read back for plots and studies.
+
+A directory holds scenario.yaml (resolved, so that it can be run again), summary.json, the tables
+requests, steps, links, memory and replicas as Parquet, and environment.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sim.record import Result
+from sim.types import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLES = ("requests", "steps", "links", "memory", "replicas")
+MARK = "summary.json"
+"""The file by which a directory of ours is known."""
+PACKAGES = ("phasewise", "numpy", "scipy", "pandas", "pyarrow", "simpy", "pydantic", "matplotlib")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run as plots see it: its summary and its tables (columns as in ``Result``)."""
+
+    name: str
+    summary: Mapping[str, Any]
+    requests: pd.DataFrame
+    steps: pd.DataFrame
+    links: pd.DataFrame
+    memory: pd.DataFrame
+    replicas: pd.DataFrame
+
+    @classmethod
+    def of(cls, name: str, result: Result, summary: Mapping[str, Any]) -> Run:
+        return cls(name=name, summary=summary, **{table: getattr(result, table) for table in TABLES})
+
+
+def write_run(folder: Path, run: Run, scenario_yaml: str) -> Path:
+    """Write a run directory; one that is there is replaced. ``ConfigError`` if the folder cannot be used."""
+    with whole_folder(folder) as new:
+        write_run_files(new, run, scenario_yaml)
+    return folder
+
+
+def write_run_files(folder: Path, run: Run, scenario_yaml: str) -> None:
+    """The files of a run directory, into a folder that is there."""
+    folder.joinpath("scenario.yaml").write_text(scenario_yaml, encoding="utf-8")
+    write_json(folder / MARK, run.summary)
+    write_json(folder / "environment.json", environment())
+    for name in TABLES:
+        table = getattr(run, name)
+        listed = {column: table[column].map(list) for column in table.columns if _holds_tuples(table[column])}
+        table.assign(**listed).to_parquet(folder / f"{name}.parquet", index=False)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run directory back. ``ConfigError`` names what is missing or damaged."""
+    import pandas as pd
+
+    check_run(folder)
+    try:
+        summary = json.loads(folder.joinpath(MARK).read_text(encoding="utf-8"))
+        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{folder}: the run directory is damaged: {reason}; run the scenario again") from None
+    return Run(name=summary.get("name") or folder.name, summary=summary, **tables)
+
+
+def check_run(folder: Path) -> None:
+    if not folder.joinpath(MARK).is_file():
+        raise ConfigError(f"{folder}: not a run directory (it has no {MARK}); make one with 'phasewise run --out'")
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse, before any work is done, a target that is not ours to replace or that cannot be made."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"--out {folder}: it is not a directory; name a new one")
+    if folder.is_dir() and any(folder.iterdir()) and not folder.joinpath(MARK).is_file():
+        raise ConfigError(f"--out {folder}: it is not empty and not a run directory; name a new one")
+    parent = next(place for place in folder.absolute().parents if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {folder}: {parent} cannot be written to; name another folder")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its place if the block succeeds, and vanishes if not."""
+    check_writable(folder)
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror}; name another folder") from None
+    try:
+        yield new
+        new.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror or error}; name another folder") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside the scenario: interpreter, machine, package versions, commit if any."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "packages": versions,
+        "git_commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, where it is one."""
+    here = Path(__file__).resolve().parent
+    if not here.parent.joinpath(".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _holds_tuples(column: pd.Series[Any]) -> bool:
+    return len(column) > 0 and isinstance(column.iloc[0], tuple)

@@ -1,0 +1,252 @@
+"""What happens to the cluster: faults, notices, new plans; and where displaced requests go.
+
+A lost GPU takes its replica down; what that held starts over elsewhere, generated tokens kept. A change of
+plan is priced by its difference: a role flip is free, a replica that disappears drains (or is taken down), a new one
+loads its weights over the host link once its GPUs are free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sim.engine.job import Job
+from sim.engine.replica import ReplicaState
+from sim.engine.setup import bind_cost, check_plan
+from sim.record import NoteRow
+from sim.types import Change, ClusterEvent, ConfigError, Plan, Replica, Signal, to_ps, to_s
+
+if TYPE_CHECKING:
+    from sim.engine.run import Engine
+
+
+class Changes:
+    """Keeps which GPUs are lost or slow, which replicas load, and which requests have nowhere to go."""
+
+    def __init__(self, engine: Engine, rng: np.random.Generator) -> None:
+        self.engine = engine
+        self.rescheduler = engine.system.rescheduler()
+        self.rng = rng
+        self.lost: set[str] = set()
+        self.slow: dict[str, float] = {}
+        self.loading: dict[str, Replica] = {}  # waiting for GPUs or weights
+        self.loads: dict[str, int] = {}  # stages whose weights are still on their way
+        self.stranded: list[Job] = []
+
+    # ------------------------------------------------------------ signals
+
+    def schedule(self, events: Sequence[ClusterEvent]) -> None:
+        """Put the run's cluster events and the rescheduler's ticks on the clock."""
+        for event in events:
+            self._targets(event)
+            self.engine.clock.at(to_ps(event.at_s), self._happen, event)
+        if self.rescheduler.interval_s is not None:
+            self.engine.clock.at(to_ps(self.rescheduler.interval_s), self._tick)
+
+    def _targets(self, event: ClusterEvent) -> tuple[str, ...]:
+        cluster = self.engine.problem.cluster
+        if event.kind == "link_scaled":
+            known: tuple[str, ...] = tuple(cluster.capacity_bytes_per_s)
+            if event.target in known:
+                return (event.target,)
+        else:
+            gpus = tuple(gpu for gpu in cluster.gpu_ids if gpu == event.target or gpu.split(".")[0] == event.target)
+            if gpus:
+                return gpus
+            known = cluster.gpu_ids
+        raise ConfigError(
+            f"events: {event.kind} at {event.at_s} s names {event.target!r}; known are {', '.join(known[:8])} ..."
+        )
+
+    def _tick(self, _: object) -> None:
+        if self.engine.unfinished:
+            assert self.rescheduler.interval_s is not None
+            self._react("tick", ())
+            self.engine.clock.at(self.engine.clock.now_ps + to_ps(self.rescheduler.interval_s), self._tick)
+
+    def _happen(self, event: ClusterEvent) -> None:
+        targets = self._targets(event)
+        self.note(event.kind, f"{event.target}" + (f" x {event.factor}" if event.factor is not None else ""))
+        if event.kind == "link_scaled":
+            self.engine.links.scale(event.target, self._factor(event))
+        elif event.kind == "gpu_slow":
+            self._slow_down(targets, self._factor(event))
+        elif event.kind == "gpu_joined":
+            self.lost.difference_update(targets)
+            self._react("joined", targets)
+        elif event.kind == "spot_notice":
+            deadline_s = event.deadline_s or 0.0
+            self._react("notice", targets, event.at_s + deadline_s)
+            gone = ClusterEvent(at_s=event.at_s + deadline_s, kind="gpu_lost", target=event.target)
+            self.engine.clock.at(to_ps(gone.at_s), self._happen, gone)
+        else:
+            self._lose(targets)
+
+    def _factor(self, event: ClusterEvent) -> float:
+        if event.factor is None or not event.factor >= 0:
+            raise ConfigError(
+                f"events: {event.kind} of {event.target} at {event.at_s} s needs a factor >= 0, not {event.factor}"
+            )
+        return event.factor
+
+    def _react(self, kind: str, gpus: tuple[str, ...], deadline_s: float | None = None) -> None:
+        engine = self.engine
+        signal = Signal(kind, to_s(engine.clock.now_ps), gpus, deadline_s)  # type: ignore[arg-type]
+        change = self.rescheduler.react(signal, engine.view)
+        if change is not None:
+            self.apply(change)
+
+    def note(self, kind: str, text: str) -> None:
+        self.engine.rows.notes.append(NoteRow(self.engine.clock.now_ps, kind, text))
+
+    def show(self, plan: Plan) -> None:
+        """Tell the policies what is up."""
+        up = [self.engine.by_leg[spec.leg] for spec in plan.replicas if spec.leg in self.engine.by_leg]
+        self.engine.view.show(plan, [replica for replica in up if not replica.retiring])
+
+    # ------------------------------------------------------------ faults
+
+    def _slow_down(self, gpus: tuple[str, ...], factor: float) -> None:
+        self.slow.update(dict.fromkeys(gpus, factor))
+        engine = self.engine
+        for replica in list(engine.by_leg.values()):
+            if set(gpus) & set(replica.gpus):
+                replica.settle()
+                replica.costs = tuple(
+                    bind_cost(engine.cost, engine.problem, stage, self.slow) for stage in replica.spec.stages
+                )
+                engine.nudge(replica)
+
+    def _lose(self, gpus: tuple[str, ...]) -> None:
+        self.lost.update(gpus)
+        plan = self.engine.view.plan
+        displaced: list[Job] = []
+        for replica in list(self.engine.by_leg.values()):
+            if set(gpus) & set(replica.gpus):
+                displaced += self.take_down(replica)
+        for name in [name for name, spec in self.loading.items() if set(gpus) & set(spec.gpus)]:
+            del self.loading[name]
+            self.loads.pop(name, None)
+        self.show(plan)
+        self._react("lost", gpus)
+        self._settle_in(displaced)
+
+    def take_down(self, replica: ReplicaState) -> list[Job]:
+        """The replica and all KV on it are gone; returns its requests, ready to start over."""
+        engine = self.engine
+        engine.end_flights(replica)
+        displaced = list(dict.fromkeys(replica.jobs()))
+        for job in displaced:
+            delivery = engine.moves.under_way.pop(job, None)
+            if delivery is not None:
+                engine.moves.abandon(delivery, lost=replica)
+            if job.cohort is not None:
+                job.cohort.leave(job)
+            job.blocks = 0
+            job.shared = []
+            self._displace(job)
+        engine.put_away(replica)
+        self.note("down", f"{replica.name}: {len(displaced)} requests start over")
+        self.try_load()
+        return displaced
+
+    def target_gone(self, job: Job) -> None:
+        """Prefilled, but the replica that was to decode it is no more."""
+        self._displace(job)
+        self._settle_in([job])
+
+    def _displace(self, job: Job) -> None:
+        self.engine.router.finished(job)
+        job.route = None
+        job.epoch += 1
+        job.start_over()
+
+    def _settle_in(self, jobs: list[Job]) -> None:
+        """Route displaced requests again; they wait if a replica is on its way up, and fail if none is."""
+        engine = self.engine
+        touched: dict[ReplicaState, None] = {}
+        for job in sorted(jobs, key=lambda job: (job.arrival_ps, job.id)):
+            if engine.view.replicas:
+                engine.unfinished -= 1
+                engine.admit(job, touched)
+            elif self.loading:
+                self.stranded.append(job)
+            else:
+                engine.finish(job, "failed", "no replica is up")
+        for replica in touched:
+            engine.nudge(replica)
+
+    # ------------------------------------------------------------ changes of plan
+
+    def apply(self, change: Change) -> None:
+        """Move from the current plan to another."""
+        engine = self.engine
+        check_plan(change.plan, engine.problem)
+        self.note("change", change.reason)
+        wanted = {spec.leg: spec for spec in change.plan.replicas}
+        displaced: list[Job] = []
+        flipped: list[ReplicaState] = []
+        for leg, replica in list(engine.by_leg.items()):
+            spec = wanted.get(leg)
+            if spec is None or spec.stages != replica.spec.stages:
+                displaced += self._retire(replica, drain=change.drain)
+            elif spec.role != replica.role:
+                replica.role = spec.role
+                replica.batcher = engine.system.batcher(spec.role)
+                flipped.append(replica)
+        for leg, spec in wanted.items():
+            up = engine.by_leg.get(leg)
+            if (up is None or up.retiring) and not self.lost & set(spec.gpus):
+                self.loading.setdefault(spec.name, spec)
+        self.show(change.plan)
+        self.try_load()
+        for replica in flipped:
+            engine.nudge(replica)
+        self._settle_in(displaced)
+
+    def _retire(self, replica: ReplicaState, *, drain: bool) -> list[Job]:
+        if not drain:
+            return self.take_down(replica)
+        replica.settle()
+        displaced = list(replica.waiting)
+        for job in displaced:
+            replica.forget_prefill(job)
+            replica.release(job)
+            self._displace(job)
+        replica.waiting.clear()
+        replica.retiring = True
+        self.maybe_drained(replica)
+        return displaced
+
+    def maybe_drained(self, replica: ReplicaState) -> None:
+        if not replica.flights and not any(True for _ in replica.jobs()):
+            self.engine.put_away(replica)
+            self.note("drained", replica.name)
+            self.try_load()
+
+    def try_load(self) -> None:
+        """Start loading weights for every new replica whose GPUs are free."""
+        engine = self.engine
+        busy = {gpu for replica in engine.by_leg.values() for gpu in replica.gpus}
+        for name, spec in self.loading.items():
+            if name in self.loads or busy & set(spec.gpus):
+                continue
+            self.loads[name] = len(spec.stages)
+            for stage in spec.stages:
+                weight_bytes = engine.problem.model.weight_bytes(stage.first_layer, stage.end_layer)
+                engine.links.start(engine.problem.cluster.load_path(stage.gpus), weight_bytes, self._loaded, spec)
+
+    def _loaded(self, spec: Replica) -> None:
+        if self.loading.get(spec.name) is not spec:
+            return
+        self.loads[spec.name] -= 1
+        if self.loads[spec.name]:
+            return
+        del self.loads[spec.name], self.loading[spec.name]
+        self.engine.bring_up(spec)
+        self.note("up", spec.name)
+        self.show(self.engine.view.plan)
+        stranded, self.stranded = self.stranded, []
+        self._settle_in(stranded)

@@ -1,0 +1,69 @@
+"""Integer time on SimPy: the only module that imports simpy.
+
+Rules that make the collapsed and the step-by-step engine agree on every tie: whatever comes from outside a
+replica at instant t (arrival, KV delivery, fault) runs at priority ``OUTSIDE``, before any iteration
+boundary at t; boundaries of replica number n run at priority ``BOUNDARY + n``; and what a boundary causes
+elsewhere happens one tick later at the earliest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import simpy
+from simpy.events import Event
+
+OUTSIDE = 1
+BOUNDARY = 2
+
+
+class Alarm(Event):
+    """Calls ``call(subject)`` at an integer time, unless it was cancelled before."""
+
+    def __init__(
+        self, env: simpy.Environment, at_ps: int, priority: int, call: Callable[[Any], None], subject: Any
+    ) -> None:
+        # like simpy.Timeout: triggered from the start, so Event.__init__ has nothing to add
+        self.env = env
+        self.callbacks = [self._ring]
+        self._value = None
+        self._ok = True
+        self.call: Callable[[Any], None] | None = call
+        self.subject = subject
+        env.schedule(self, priority, at_ps - env.now)  # type: ignore[arg-type]
+
+    def _ring(self, _: Event) -> None:
+        if self.call is not None:
+            self.call(self.subject)
+
+    def cancel(self) -> None:
+        """SimPy has no removal: the alarm stays queued and rings silently."""
+        self.call = None
+
+
+class Clock:
+    """The simulation's time and its queue of alarms."""
+
+    def __init__(self) -> None:
+        self._env = simpy.Environment(initial_time=0)
+        self.events = 0
+
+    @property
+    def now_ps(self) -> int:
+        return self._env._now  # type: ignore[return-value]
+
+    def at(self, at_ps: int, call: Callable[[Any], None], subject: Any = None, priority: int = OUTSIDE) -> Alarm:
+        self.events += 1
+        return Alarm(self._env, at_ps, priority, call, subject)
+
+    def nothing_else_now(self) -> bool:
+        """No other alarm is due at this very instant."""
+        return self._env.peek() > self._env._now
+
+    def run(self, until_ps: int | None = None) -> None:
+        """Run until no alarm is left, or up to (and without) ``until_ps``."""
+        if until_ps is None:
+            self._env.run()
+        elif until_ps > self._env._now:
+            self._env.run(until=until_ps)

@@ -1,0 +1,125 @@
+"""Transfers over shared links: every flow gets its max-min fair share of the resources it crosses.
+
+A flow's path says which fraction of its bytes crosses each resource (GPU port, NIC, region pair). Shares are
+recomputed, for the flows that touch each other only, when a flow starts or ends or a resource changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from sim.cluster import Cluster, Path
+from sim.engine.clock import Alarm, Clock
+from sim.types import PS_PER_S, to_ps
+
+
+@dataclass(slots=True, eq=False)
+class Flow:
+    """Bytes under way; ``done(subject)`` is called when the last one has arrived."""
+
+    usage: tuple[tuple[str, float], ...]
+    latency_ps: int
+    left_bytes: float
+    done: Callable[[Any], None]
+    subject: Any
+    since_ps: int
+    bytes_per_s: float = 0.0
+    alarm: Alarm | None = None
+
+
+class Links:
+    """The resources of a cluster and the flows on them."""
+
+    def __init__(self, clock: Clock, cluster: Cluster) -> None:
+        self._clock = clock
+        self._nominal = cluster.capacity_bytes_per_s
+        self._factor: dict[str, float] = {}
+        self._on: dict[str, dict[Flow, float]] = {}
+
+    def capacity(self, resource: str) -> float:
+        return self._nominal[resource] * self._factor.get(resource, 1.0)
+
+    def start(self, path: Path, size_bytes: float, done: Callable[[Any], None], subject: Any = None) -> Flow:
+        """Send bytes along a path from now on; at least one tick passes until ``done``."""
+        now_ps = self._clock.now_ps
+        flow = Flow(path.usage, to_ps(path.latency_s), size_bytes, done, subject, now_ps)
+        if not flow.usage or size_bytes <= 0:
+            flow.alarm = self._clock.at(now_ps + max(1, flow.latency_ps), done, subject)
+            return flow
+        for resource, fraction in flow.usage:
+            self._on.setdefault(resource, {})[flow] = fraction
+        self._share(self._touching([flow]))
+        return flow
+
+    def cancel(self, flow: Flow) -> None:
+        if flow.alarm is not None:
+            flow.alarm.cancel()
+        self._remove(flow)
+
+    def scale(self, resource: str, factor: float) -> None:
+        """Set a resource's bandwidth to a multiple of its nominal one; 0 cuts it."""
+        self._factor[resource] = factor
+        self._share(self._touching(list(self._on.get(resource, {}))))
+
+    # ------------------------------------------------------------ inside
+
+    def _remove(self, flow: Flow) -> None:
+        touching = self._touching([flow])
+        for resource, _ in flow.usage:
+            self._on.get(resource, {}).pop(flow, None)
+        touching.pop(flow, None)
+        self._share(touching)
+
+    def _sent(self, flow: Flow) -> None:
+        self._remove(flow)
+        self._clock.at(self._clock.now_ps + max(1, flow.latency_ps), flow.done, flow.subject)
+
+    def _touching(self, flows: list[Flow]) -> dict[Flow, None]:
+        """These flows and all that share a resource with them, directly or through others."""
+        found: dict[Flow, None] = dict.fromkeys(flows)
+        todo = list(flows)
+        while todo:
+            for resource, _ in todo.pop().usage:
+                for other in self._on.get(resource, ()):
+                    if other not in found:
+                        found[other] = None
+                        todo.append(other)
+        return found
+
+    def _share(self, flows: dict[Flow, None]) -> None:
+        now_ps = self._clock.now_ps
+        for flow, bytes_per_s in self._fair(flows).items():
+            if bytes_per_s == flow.bytes_per_s:
+                continue
+            flow.left_bytes -= flow.bytes_per_s * (now_ps - flow.since_ps) / PS_PER_S
+            flow.since_ps = now_ps
+            flow.bytes_per_s = bytes_per_s
+            if flow.alarm is not None:
+                flow.alarm.cancel()
+            flow.alarm = None
+            if bytes_per_s > 0:
+                last_ps = now_ps + max(1, ceil(max(0.0, flow.left_bytes) / bytes_per_s * PS_PER_S))
+                flow.alarm = self._clock.at(last_ps, self._sent, flow)
+
+    def _fair(self, flows: dict[Flow, None]) -> dict[Flow, float]:
+        """Progressive filling: raise all rates together, freeze those that meet a full resource."""
+        rates: dict[Flow, float] = {}
+        open_flows = dict(flows)
+        resources = {resource: self.capacity(resource) for flow in flows for resource, _ in flow.usage}
+        while open_flows:
+            level, full = float("inf"), ""
+            for resource, left in resources.items():
+                users = self._on[resource]
+                weight = sum(fraction for flow, fraction in users.items() if flow in open_flows)
+                if weight and left / weight < level:
+                    level, full = left / weight, resource
+            level = max(0.0, level)
+            for flow in [flow for flow in self._on[full] if flow in open_flows]:
+                rates[flow] = level
+                del open_flows[flow]
+                for resource, fraction in flow.usage:
+                    resources[resource] -= fraction * level
+        return rates

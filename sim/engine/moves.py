@@ -1,0 +1,169 @@
+"""KV on its way from the replica that prefilled to the one that decodes.
+
+A delivery asks for room at its target (one tick after its first part is ready), waits there until blocks are free,
+flows part by part over the links, and is usable ``overhead_s`` after the last byte. Until then the source
+keeps its blocks: a full target holds its senders back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from sim.engine.flight import blocks_to_come
+from sim.engine.job import Job
+from sim.engine.replica import Delivery, Flight, ReplicaState
+from sim.record import LinkRow
+from sim.types import Move, PolicyError, to_ps
+
+if TYPE_CHECKING:
+    from sim.engine.run import Engine
+
+
+class Moves:
+    """All deliveries of a run; ``under_way`` has those that have asked for room."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.under_way: dict[Job, Delivery] = {}
+
+    def leave_early(self, replica: ReplicaState, flight: Flight, job: Job, tokens: int) -> None:
+        """KV of the first layers may leave while the last ones of the final chunk are computed."""
+        if job.route is None or job.route.decode == replica.leg or job.remaining_tokens != tokens:
+            return
+        if job.tokens_left == 1 or self._engine.transfer.pull or job.route.decode not in self._engine.by_leg:
+            return
+        delivery = self._delivery(replica, job, job.target_tokens, flight.start_ps, flight.boundary_ps(1))
+        if delivery.parts[0][1] < flight.boundary_ps(1):
+            replica.departing[job] = None
+            self._engine.clock.at(delivery.parts[0][1] + 1, self._ask_for_room, delivery)
+
+    def leave(self, replica: ReplicaState, job: Job) -> None:
+        """The prompt's KV is complete: send it, unless its first layers are under way already."""
+        if job in replica.departing:
+            return
+        assert job.route is not None
+        now_ps = self._engine.clock.now_ps
+        if job.route.decode not in self._engine.by_leg:
+            self._engine.clock.at(now_ps + 1, self._engine.changes.target_gone, job)
+            replica.release(job)
+            return
+        replica.departing[job] = None
+        delivery = self._delivery(replica, job, job.computed_tokens, now_ps, now_ps)
+        ask_ps = now_ps + 1
+        if self._engine.transfer.pull:
+            ask_ps += to_ps(self._engine.problem.cluster.path(replica.gpus, delivery.target.gpus).latency_s)
+        self._engine.clock.at(ask_ps, self._ask_for_room, delivery)
+
+    def _delivery(self, replica: ReplicaState, job: Job, tokens: int, start_ps: int, end_ps: int) -> Delivery:
+        assert job.route is not None
+        target = self._engine.by_leg[job.route.decode]
+        kv_bytes = round(tokens * self._engine.problem.model.kv_bytes_per_token())
+        move = Move(job.id, tokens, kv_bytes, self._engine.problem.model.num_layers, replica.name, target.name)
+        parts = deque(
+            (chunk.share * kv_bytes, start_ps + round(chunk.ready * (end_ps - start_ps)))
+            for chunk in self._engine.transfer.chunks(move, self._engine.view)
+        )
+        if parts[-1][1] != end_ps or abs(sum(size for size, _ in parts)) > kv_bytes * (1 + 1e-9):
+            policy = type(self._engine.transfer).__name__
+            raise PolicyError(
+                f"{policy} sends {job} in parts {parts}; the last must be ready at the end, their shares add up to <= 1"
+            )
+        return Delivery(job, job.epoch, move, replica, target, target.ledger.blocks(tokens), parts)
+
+    def _ask_for_room(self, delivery: Delivery) -> None:
+        if delivery.epoch == delivery.job.epoch:
+            self.under_way[delivery.job] = delivery
+            delivery.target.inbox.append(delivery)
+            self.make_room(delivery.target)
+
+    def make_room(self, target: ReplicaState) -> None:
+        """Let KV in that waits, first come first served, while blocks are free."""
+        target.settle()
+        while target.inbox and target.inbox[0].blocks <= target.ledger.free:
+            delivery = target.inbox.popleft()
+            target.ledger.take(delivery.blocks)
+            target.arriving[delivery.job] = None
+            delivery.started_ps = self._engine.clock.now_ps
+            self._send(delivery)
+        for flight in target.flights:  # it may have counted on blocks that are gone now
+            if blocks_to_come(target, flight) > target.ledger.free:
+                self._engine.cut(target, flight)
+
+    def _send(self, delivery: Delivery) -> None:
+        """The next part, one tick after it is ready at the earliest."""
+        if delivery.epoch != delivery.job.epoch:
+            return
+        size_bytes, ready_ps = delivery.parts[0]
+        if ready_ps >= self._engine.clock.now_ps:
+            self._engine.clock.at(ready_ps + 1, self._send, delivery)
+            return
+        delivery.parts.popleft()
+        delivery.sent_bytes += size_bytes
+        path = self._engine.problem.cluster.path(delivery.source.gpus, delivery.target.gpus)
+        delivery.flow = self._engine.links.start(path, size_bytes, self._sent, delivery)
+
+    def _sent(self, delivery: Delivery) -> None:
+        delivery.flow = None
+        if delivery.parts:
+            self._send(delivery)
+            return
+        overhead_ps = to_ps(self._engine.transfer.overhead_s(delivery.move))
+        if overhead_ps:
+            self._engine.clock.at(self._engine.clock.now_ps + overhead_ps, self._delivered, delivery)
+        else:
+            self._delivered(delivery)
+
+    def _delivered(self, delivery: Delivery) -> None:
+        """The KV is usable at its target; its source forgets it, and the job queues to decode."""
+        job, source, target = delivery.job, delivery.source, delivery.target
+        if delivery.epoch != job.epoch:
+            return
+        now_ps = self._engine.clock.now_ps
+        assert delivery.started_ps is not None
+        del self.under_way[job]
+        job.transfer_ps += now_ps - job.kv_ready_ps
+        job.bytes_moved += round(delivery.sent_bytes)
+        self._engine.rows.links.append(
+            LinkRow(job.id, source.name, target.name, round(delivery.sent_bytes), delivery.started_ps, now_ps)
+        )
+        source.settle()
+        del source.departing[job]
+        source.release(job)
+        del target.arriving[job]
+        target.settle()
+        job.blocks = delivery.blocks
+        job.hashes = ()
+        target.enqueue(job)
+        if source.inbox:
+            self.make_room(source)
+        if source.waiting or source.swapped or source.paused:
+            self._engine.nudge(source)
+        if source.retiring:
+            self._engine.changes.maybe_drained(source)
+        self._engine.nudge(target)
+
+    def abandon(self, delivery: Delivery, lost: ReplicaState) -> None:
+        """One end of a KV move is lost: stop it, and free the blocks at the other end."""
+        if delivery.flow is not None:
+            self._engine.links.cancel(delivery.flow)
+        source, target, job = delivery.source, delivery.target, delivery.job
+        if target is not lost:
+            target.settle()
+            if job in target.arriving:
+                del target.arriving[job]
+                target.ledger.give(delivery.blocks)
+            else:
+                target.inbox.remove(delivery)
+            self._engine.clock.at(self._engine.clock.now_ps + 1, self.room_again, target)
+        if source is not lost:
+            source.settle()
+            source.departing.pop(job, None)
+            source.release(job)
+            self._engine.clock.at(self._engine.clock.now_ps + 1, self.room_again, source)
+
+    def room_again(self, replica: ReplicaState) -> None:
+        """Blocks came free from outside."""
+        if self._engine.by_leg.get(replica.leg) is replica:
+            self.make_room(replica)
+            self._engine.nudge(replica)

@@ -1,0 +1,435 @@
+"""The life of a request: it arrives, is routed, waits, is prefilled, moves, decodes and completes.
+
+``simulate`` is the engine's one entrance. The class below reads in the order in which things happen to a
+request; faults and changes of plan are in ``changes.py``. A replica acts on its own at iteration boundaries
+only, and what it causes elsewhere (its KV leaving, room for KV that waits) happens one tick later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from math import inf
+
+import numpy as np
+
+from sim.engine.batch import Draft
+from sim.engine.changes import Changes
+from sim.engine.clock import BOUNDARY, Clock
+from sim.engine.flight import extend, launch, reoccupy_stages
+from sim.engine.job import Job, block_hashes
+from sim.engine.links import Links
+from sim.engine.moves import Moves
+from sim.engine.replica import Flight, ReplicaState
+from sim.engine.setup import build_replica, check_plan
+from sim.engine.view import SystemView
+from sim.policy import Predictor, Problem, Source, System
+from sim.record import MemoryRow, Recorder, ReplicaRow, RequestRow, Result, StepRow
+from sim.types import (
+    ClusterEvent,
+    Outcome,
+    Plan,
+    PolicyError,
+    Reject,
+    Replica,
+    Request,
+    Route,
+    SimulationError,
+    StalledError,
+    to_ps,
+    to_s,
+)
+
+
+def simulate(
+    problem: Problem,
+    system: System,
+    source: Source,
+    *,
+    plan: Plan | None = None,
+    events: Sequence[ClusterEvent] = (),
+    predictor: Predictor | None = None,
+    step_by_step: bool = False,
+    until_s: float | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Replay the source's requests on the problem's cluster under a system.
+
+    ``plan`` replaces the one the system's planner would make. ``step_by_step`` runs every iteration as its own
+    event: slower, and by law equal in every time. ``until_s`` cuts the run off; ``progress`` gets the number
+    of finished requests every thousand. Raises ``ConfigError`` for input that cannot be simulated,
+    ``PolicyError`` for an illegal proposal, ``StalledError`` if requests are left and nothing can happen.
+    """
+    problem = replace(problem, limits=system.limits)
+    plan = plan if plan is not None else system.planner.plan(problem)
+    check_plan(plan, problem)
+    engine = Engine(problem, system, plan, predictor, step_by_step, progress)
+    started_s = time.perf_counter()
+    engine.run(source, events, None if until_s is None else to_ps(until_s))
+    return engine.result(time.perf_counter() - started_s)
+
+
+class Engine:
+    """One run. ``changes`` handles what happens to the cluster, everything else is below."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        system: System,
+        plan: Plan,
+        predictor: Predictor | None,
+        step_by_step: bool,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.problem = problem
+        self.system = system
+        self.predictor = predictor
+        self.step_by_step = step_by_step
+        self.progress = progress
+        self.clock = Clock()
+        self.links = Links(self.clock, problem.cluster)
+        self.rows = Recorder()
+        self.cost = system.cost(problem.cost)
+        router_rng, change_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(problem.seed).spawn(2))
+        self.view = SystemView(problem, plan, self._now_ps, router_rng)
+        self.router = system.router()
+        self.transfer = system.transfer()
+        self.moves = Moves(self)
+        self.by_leg: dict[tuple[str, ...], ReplicaState] = {}
+        self.unfinished = 0
+        self.finished = 0
+        self.numbers = 0
+        self.iterations = 0
+        self.iterations_outside = 0
+        self.mean_output_tokens = max(1, round(problem.workload.mean_output_tokens))
+        self.changes = Changes(self, change_rng)
+        for spec in plan.replicas:
+            self.bring_up(spec)
+        self.changes.show(plan)
+
+    def run(self, source: Source, events: Sequence[ClusterEvent], until_ps: int | None) -> None:
+        self.source = source
+        self.changes.schedule(events)
+        self._await_arrival(iter(source.next(0.0, None)))
+        self.clock.run(until_ps)
+        if until_ps is not None:
+            self._cut_off()
+        elif self.unfinished:
+            states = "; ".join(repr(replica) for replica in self.by_leg.values()) or "no replica is up"
+            raise StalledError(f"{self.unfinished} requests are unfinished and nothing is left to happen: {states}")
+        for replica in self.by_leg.values():
+            if not any(True for _ in replica.jobs()) and replica.ledger.used:
+                raise SimulationError(f"the KV ledger of {replica} is not empty at the end")
+
+    # ------------------------------------------------------------ arrive
+
+    def _await_arrival(self, stream: Iterator[Request], first: Request | None = None) -> None:
+        request = first if first is not None else next(stream, None)
+        if request is not None:
+            self.unfinished += 1
+            job = self._job(request)
+            self.clock.at(max(job.arrival_ps, self.clock.now_ps), self._arrive, (job, stream))
+
+    def _arrive(self, subject: tuple[Job, Iterator[Request]]) -> None:
+        """This request, and those of the stream that arrive at the same instant."""
+        job, stream = subject
+        touched: dict[ReplicaState, None] = {}
+        following: Request | None = None
+        while True:
+            self.unfinished -= 1
+            self.admit(job, touched)
+            following = next(stream, None)
+            if following is None or to_ps(following.arrival_s) > self.clock.now_ps:
+                break
+            self.unfinished += 1
+            job = self._job(following)
+        if following is not None:
+            if to_ps(following.arrival_s) < self.clock.now_ps:
+                raise SimulationError(f"request {following.id} arrives before the one ahead of it in the stream")
+            self._await_arrival(stream, following)
+        for replica in touched:
+            self.nudge(replica)
+
+    def _job(self, request: Request) -> Job:
+        predicted = self.predictor.predict(request) if self.predictor is not None else self.mean_output_tokens
+        return Job(request, predicted)
+
+    def admit(self, job: Job, touched: dict[ReplicaState, None]) -> None:
+        """Route a job that arrives (or lost its place) and put it into its prefill replica's queue."""
+        self.unfinished += 1
+        route = self.router.route(job, self.view)
+        if isinstance(route, Reject):
+            self.finish(job, "failed" if job.epoch else "rejected", route.reason)
+            return
+        prefill, decode = self._resolve(route, job)
+        reason = self._never_fits(job, prefill, decode)
+        if reason is not None:
+            self.finish(job, "rejected", reason)
+            return
+        job.route = route
+        job.places = (prefill.name, decode.name)
+        if self.system.limits.prefix_caching and not job.hashes:
+            job.hashes = block_hashes(job.request, prefill.block_size)
+        prefill.settle()
+        prefill.enqueue(job)
+        touched[prefill] = None
+
+    def _resolve(self, route: Route, job: Job) -> tuple[ReplicaState, ReplicaState]:
+        try:
+            return self.by_leg[route.prefill], self.by_leg[route.decode]
+        except KeyError as error:
+            raise PolicyError(
+                f"{type(self.router).__name__} routes {job} over {error.args[0]}, which is not the stages of a "
+                f"replica that is up ({', '.join(replica.name for replica in self.view.replicas)})"
+            ) from None
+
+    def _never_fits(self, job: Job, prefill: ReplicaState, decode: ReplicaState) -> str | None:
+        total = job.input_tokens + job._output_tokens
+        longest = min(replica.limits.max_model_len or inf for replica in (prefill, decode))
+        longest = min(longest, self.problem.model.max_position_embeddings or inf)
+        if total > longest:
+            return f"{total} tokens exceed the model's context of {longest:.0f}"
+        for replica, tokens in ((prefill, job.input_tokens), (decode, total - 1)):
+            if replica is decode or prefill is not decode:
+                if replica.ledger.blocks(tokens) > replica.ledger.total:
+                    capacity = replica.ledger.total * replica.block_size
+                    return f"{tokens} tokens exceed the {capacity} that the KV cache of {replica.name} holds"
+                reason = replica.batcher.refuse(job, tokens, replica.ledger.total, replica.limits)
+                if reason is not None:
+                    return f"{replica.name}: {reason}"
+        return None
+
+    # ------------------------------------------------------------ wait, and be batched
+
+    def nudge(self, replica: ReplicaState) -> None:
+        """Something came from outside: let the replica decide anew as soon as it can.
+
+        That is now if a lane is free (after all that comes at this instant), else at the next boundary.
+        """
+        replica.settle()
+        for flight in replica.flights:
+            self.cut(replica, flight)
+            if flight.done and replica.lanes > 1:
+                reoccupy_stages(replica, flight)
+        if len(replica.flights) >= replica.lanes or replica.kick is not None:
+            return
+        if self.clock.nothing_else_now():
+            self._dispatch(replica)
+        else:
+            replica.kick = self.clock.at(self.clock.now_ps, self._kicked, replica, BOUNDARY + replica.number)
+
+    def _kicked(self, replica: ReplicaState) -> None:
+        replica.kick = None
+        self._dispatch(replica)
+
+    def cut(self, replica: ReplicaState, flight: Flight) -> None:
+        """End a collapsed (and settled) flight with the iteration under way."""
+        if flight.iterations > flight.done + 1:
+            flight.iterations = flight.done + 1
+            self._arm(replica, flight)
+
+    def _arm(self, replica: ReplicaState, flight: Flight) -> None:
+        if flight.alarm is not None:
+            flight.alarm.cancel()
+        end_ps = flight.boundary_ps(flight.iterations)
+        flight.alarm = self.clock.at(end_ps, self._boundary, (replica, flight), BOUNDARY + replica.number)
+
+    def _dispatch(self, replica: ReplicaState) -> None:
+        """Fill free lanes with batches; a batch alone in flight may repeat itself."""
+        now_ps = self.clock.now_ps
+        launched: list[Flight] = []
+        while len(replica.flights) < replica.lanes:
+            draft = Draft(replica, now_ps / 1e12)
+            if replica.waiting or replica.running or replica.swapped:
+                replica.batcher.fill(draft)
+            if draft.empty:
+                break
+            flight, outside = launch(replica, draft, now_ps, self._swap_ps(replica, draft))
+            self.iterations_outside += outside
+            launched.append(flight)
+            ledger = replica.ledger
+            self.rows.memory.append(
+                MemoryRow(replica.name, now_ps, ledger.used, ledger.total, len(replica.waiting), len(replica.running))
+            )
+        if not self.step_by_step and len(launched) == 1 == len(replica.flights):
+            extend(replica, launched[0])
+        for flight in launched:
+            self._arm(replica, flight)
+            for job, tokens in flight.chunks:
+                self.moves.leave_early(replica, flight, job, tokens)
+
+    def _swap_ps(self, replica: ReplicaState, draft: Draft) -> int:
+        if not draft.swap_blocks:
+            return 0
+        tokens = draft.swap_blocks * replica.block_size
+        path = self.problem.cluster.load_path(replica.gpus)
+        kv_bytes = tokens * self.problem.model.kv_bytes_per_token()
+        return to_ps(path.latency_s + kv_bytes / path.bytes_per_s(self.problem.cluster.capacity_bytes_per_s))
+
+    # ------------------------------------------------------------ be computed
+
+    def _boundary(self, subject: tuple[ReplicaState, Flight]) -> None:
+        """A flight's last iteration ends."""
+        replica, flight = subject
+        now_ps = self.clock.now_ps
+        replica.progress(flight, flight.iterations, started=False)
+        self._log_flight(replica, flight, now_ps)
+        replica.flights.remove(flight)
+        cohort = flight.cohort
+        if cohort is not None:
+            while (job := cohort.pop_finished()) is not None:
+                del replica.running[job]
+                self._complete(replica, job, now_ps)
+            self._return_cohort(replica, flight)
+        for job, _ in flight.chunks:
+            job.in_flight = False
+            if not job.remaining_tokens:
+                self._emit_first(replica, job, now_ps)
+        self._dispatch(replica)
+        if replica.inbox and replica.inbox[0].blocks <= replica.ledger.free:
+            self.clock.at(now_ps + 1, self.moves.make_room, replica)
+        if replica.retiring:
+            self.changes.maybe_drained(replica)
+
+    def _return_cohort(self, replica: ReplicaState, flight: Flight) -> None:
+        """The flight's decodes are free for the next batch, together with others that are."""
+        cohort, idle = flight.cohort, replica.idle
+        if idle is None or not idle.size:
+            replica.idle = cohort
+        elif cohort is not None and cohort.size:
+            small, large = (cohort, idle) if cohort.size < idle.size else (idle, cohort)
+            large.absorb(small)
+            replica.idle = large
+
+    def _log_flight(self, replica: ReplicaState, flight: Flight, now_ps: int) -> None:
+        """What the flight did, for token times, stage use and the step table."""
+        count, cohort = flight.iterations, flight.cohort
+        self.iterations += count
+        if cohort is not None:
+            cohort.log.append((cohort.it - count, flight.start_ps, count, flight.first_ps, flight.slope_ps))
+        for number, line in enumerate(flight.stage_lines):
+            replica.stage_busy_ps[number] += count * line.first_ps + line.slope_ps * (count * (count - 1) // 2)
+        self.rows.steps.append(
+            StepRow(
+                replica.name,
+                flight.start_ps,
+                now_ps,
+                count,
+                sum([tokens for _, tokens in flight.chunks]),
+                cohort.size if cohort is not None else 0,
+                flight.decode_context,
+            )
+        )
+
+    def _emit_first(self, replica: ReplicaState, job: Job, now_ps: int) -> None:
+        """The prompt is computed (again): a token comes out, and the job decodes here or moves on."""
+        del replica.prefilling[job]
+        job.tokens.append(now_ps)
+        job.generated_tokens += 1
+        job.kv_ready_ps = now_ps
+        if job.first_token_ps is None:
+            job.first_token_ps = now_ps
+            job.prefill_end_ps = now_ps
+        if job.tokens_left == 0:
+            del replica.running[job]
+            self._complete(replica, job, now_ps)
+        elif job.route is not None and job.route.decode != replica.leg:
+            del replica.running[job]
+            self.moves.leave(replica, job)
+        else:
+            replica.idle_cohort().join(job)
+
+    def _complete(self, replica: ReplicaState, job: Job, now_ps: int) -> None:
+        replica.release(job)
+        self.finish(job, "completed", "", now_ps)
+
+    # ------------------------------------------------------------ end
+
+    def finish(self, job: Job, outcome: Outcome, reason: str, now_ps: int | None = None) -> None:
+        self.unfinished -= 1
+        self.finished += 1
+        if job.route is not None:
+            self.router.finished(job)
+        self._record(job, outcome, reason, now_ps)
+        if self.progress is not None and self.finished % 1000 == 0:
+            self.progress(self.finished)
+        following = list(self.source.next(to_s(self.clock.now_ps), job.request))
+        for request in following:
+            later = self._job(request)
+            self.unfinished += 1
+            self.clock.at(max(later.arrival_ps, self.clock.now_ps + 1), self._arrive, (later, iter(())))
+
+    def _record(self, job: Job, outcome: Outcome, reason: str, finish_ps: int | None) -> None:
+        self.rows.requests.append(
+            RequestRow(
+                job.request, outcome, reason, job.first_scheduled_ps, job.first_token_ps, job.prefill_end_ps,
+                job.transfer_ps, finish_ps, tuple(job.tokens), job.preemptions, job.cached_tokens, job.bytes_moved,
+                *job.places,
+            )
+        )  # fmt: skip
+
+    def _cut_off(self) -> None:
+        """Record what is still running when the simulated time is over."""
+        left: dict[Job, None] = dict.fromkeys(self.changes.stranded)
+        for replica in list(self.by_leg.values()):
+            self.end_flights(replica)
+            left.update(dict.fromkeys(replica.jobs()))
+        for job in left:
+            if job.cohort is not None:
+                job.cohort.leave(job)
+            self.unfinished -= 1
+            self._record(job, "running", "cut off", None)
+
+    # ------------------------------------------------------------ replicas come and go
+
+    def bring_up(self, spec: Replica) -> None:
+        batcher = self.system.batcher(spec.role)
+        self.by_leg[spec.leg] = build_replica(
+            self.numbers, spec, self.problem, self.system.limits, self.cost, batcher, self.changes.slow, self._now_ps
+        )
+        self.numbers += 1
+
+    def put_away(self, replica: ReplicaState) -> None:
+        """The replica is no more; keep what it measured."""
+        del self.by_leg[replica.leg]
+        self._note_replica(replica)
+
+    def end_flights(self, replica: ReplicaState) -> None:
+        """Stop what is in flight: iterations that ended count, the one under way is lost."""
+        replica.settle()
+        for flight in replica.flights:
+            if flight.alarm is not None:
+                flight.alarm.cancel()
+            if flight.done:
+                flight.iterations = flight.done
+                self._log_flight(replica, flight, flight.boundary_ps(flight.done))
+        replica.flights.clear()
+
+    def _now_ps(self) -> int:
+        return self.clock.now_ps
+
+    def _note_replica(self, replica: ReplicaState) -> None:
+        gpus = replica.gpus
+        busy_s = tuple(to_s(busy_ps) for busy_ps in replica.stage_busy_ps)
+        self.rows.replicas.append(
+            ReplicaRow(
+                replica.name, replica.role, " ".join(gpus), self.problem.cluster.gpu(gpus[0]).name,
+                replica.spec.stages[0].tp, len(replica.spec.stages), replica.total_blocks, max(busy_s), busy_s,
+                all(cost.measured for cost in replica.costs),
+            )
+        )  # fmt: skip
+        for cohort in replica.cohorts:
+            self.rows.segments[cohort.id] = cohort.log
+
+    def result(self, wall_s: float) -> Result:
+        for replica in self.by_leg.values():
+            self._note_replica(replica)
+        return Result(
+            self.rows,
+            system=self.system.name,
+            mirrors=self.system.mirrors,
+            events=self.clock.events,
+            wall_s=wall_s,
+            extrapolated_share=self.iterations_outside / max(1, self.iterations),
+        )

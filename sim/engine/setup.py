@@ -1,0 +1,95 @@
+"""Before the first event: is the plan possible, and how many KV blocks does each replica have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+
+from sim.cost import StageCost, StepCost
+from sim.engine.replica import ReplicaState
+from sim.memory import Ledger, kv_blocks, kv_bytes_available
+from sim.policy import Batcher, Limits, Problem
+from sim.types import ConfigError, Plan, Replica, Stage, to_ps
+
+
+def check_plan(plan: Plan, problem: Problem) -> None:
+    """Raise ``ConfigError`` unless every replica holds every layer once, on GPUs that are its own."""
+    owner: dict[str, str] = {}
+    names: set[str] = set()
+    if not plan.replicas:
+        raise ConfigError("plan: it has no replicas")
+    for replica in plan.replicas:
+        for name in (replica.name, *replica.leg):
+            if name in names and name != replica.name:
+                raise ConfigError(f"plan: stage {name!r} occurs twice; stage names must be unique")
+        if replica.name in owner.values():
+            raise ConfigError(f"plan: replica {replica.name!r} occurs twice; replica names must be unique")
+        names.update(replica.leg)
+        layer = 0
+        for stage in replica.stages:
+            if stage.first_layer != layer or stage.end_layer <= layer:
+                raise ConfigError(
+                    f"plan: stage {stage.name!r} holds layers {stage.first_layer} to {stage.end_layer}; it must start at {layer}"
+                )
+            layer = stage.end_layer
+        if layer != problem.model.num_layers:
+            raise ConfigError(
+                f"plan: replica {replica.name!r} holds {layer} layers; {problem.model.name} has {problem.model.num_layers}"
+            )
+        for gpu in replica.gpus:
+            if gpu not in problem.cluster.gpu_ids:
+                raise ConfigError(f"plan: replica {replica.name!r} uses GPU {gpu!r}, which the cluster does not have")
+            if gpu in owner:
+                raise ConfigError(f"plan: GPU {gpu} is used by {owner[gpu]} and by {replica.name}")
+            owner[gpu] = replica.name
+
+
+def build_replica(
+    number: int,
+    spec: Replica,
+    problem: Problem,
+    limits: Limits,
+    cost: StepCost,
+    batcher: Batcher,
+    slow: Mapping[str, float],
+    now_ps: Callable[[], int],
+) -> ReplicaState:
+    """A replica ready to serve. Raises ``ConfigError`` if its GPUs cannot hold the model."""
+    blocks = kv_blocks(problem, spec.stages, limits)
+    if blocks < 1:
+        worst = min(spec.stages, key=lambda stage: kv_bytes_available(problem, stage, limits))
+        short_gb = -kv_bytes_available(problem, worst, limits) / 1e9
+        gpu = problem.cluster.gpu(worst.gpus[0]).name
+        raise ConfigError(
+            f"plan: {problem.model.name} does not fit on stage {worst.name} ({worst.tp} x {gpu}): {max(short_gb, 0):.1f} GB a GPU "
+            f"are missing; use more GPUs (tp, pp) or raise gpu_memory_utilization ({limits.gpu_memory_utilization})"
+        )
+    return ReplicaState(
+        number,
+        spec,
+        tuple(bind_cost(cost, problem, stage, slow) for stage in spec.stages),
+        hop_time_ps(problem, spec),
+        Ledger(blocks, limits.block_size, limits.prefix_caching),
+        batcher,
+        limits,
+        now_ps,
+    )
+
+
+def bind_cost(cost: StepCost, problem: Problem, stage: Stage, slow: Mapping[str, float]) -> StageCost:
+    """Step times of a stage; its slowest GPU sets the pace."""
+    return cost.bind(problem.model, stage, problem.cluster, max(slow.get(gpu, 1.0) for gpu in stage.gpus))
+
+
+def hop_time_ps(problem: Problem, spec: Replica) -> Callable[[int], int]:
+    """Time to hand so many tokens' activations to the next stage: the slowest hop of the pipeline, alone on its link."""
+    cluster = problem.cluster
+    paths = [cluster.path(a.gpus, b.gpus) for a, b in zip(spec.stages, spec.stages[1:], strict=False)]
+
+    @cache
+    def hop_ps(tokens: int) -> int:
+        size_bytes = tokens * problem.model.hidden_size * 2
+        capacity = cluster.capacity_bytes_per_s
+        return max((to_ps(path.latency_s + size_bytes / path.bytes_per_s(capacity)) for path in paths), default=0)
+
+    return hop_ps

@@ -1,0 +1,45 @@
+"""The read-only sight of the whole system that routers, transfers and reschedulers get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sim.engine.replica import ReplicaState
+from sim.policy import Problem
+from sim.types import Plan, PolicyError, to_s
+
+
+class SystemView:
+    """Fits ``sim.policy.View``. ``replicas`` are those that are up and not retiring, in the plan's order."""
+
+    def __init__(self, problem: Problem, plan: Plan, now_ps: Callable[[], int], rng: np.random.Generator) -> None:
+        self.problem = problem
+        self.plan = plan
+        self.replicas: Sequence[ReplicaState] = ()
+        self.rng = rng
+        self._now_ps = now_ps
+        self._by_name: dict[str, ReplicaState] = {}
+
+    def show(self, plan: Plan, replicas: Sequence[ReplicaState]) -> None:
+        """The engine's word on what is up now."""
+        self.plan = plan
+        self.replicas = tuple(replicas)
+        self._by_name = {replica.name: replica for replica in replicas}
+
+    @property
+    def now_s(self) -> float:
+        return to_s(self._now_ps())
+
+    def replica(self, name: str) -> ReplicaState:
+        if name not in self._by_name:
+            raise PolicyError(f"a policy asks for replica {name!r}; up are {', '.join(self._by_name) or 'none'}")
+        return self._by_name[name]
+
+    def seconds_to_move(self, source: str, target: str, kv_bytes: float) -> float:
+        cluster = self.problem.cluster
+        path = cluster.path(self.replica(source).gpus, self.replica(target).gpus)
+        if not path.usage:
+            return path.latency_s
+        return path.latency_s + kv_bytes / path.bytes_per_s(cluster.capacity_bytes_per_s)

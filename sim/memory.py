@@ -1,0 +1,139 @@
+"""The memory of one replica: how many KV blocks it has room for, and the ledger of who holds them.
+
+Blocks have no identity beyond what sharing needs. Without prefix caching the ledger is one counter.
+With it, free blocks form a queue in the order they were freed: blocks whose content is still known
+can be taken back from anywhere in the queue by a request with the same prefix, and lose their content when the
+head of the queue is handed out (vLLM v1, ``kv_cache_manager``: eviction in the order of freeing, a
+request's last blocks first).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+from sim.policy import Limits, Problem
+from sim.types import SimulationError, Stage
+
+RUNTIME_BYTES = 1.25 * 2**30
+"""CUDA context, graphs and communication buffers of a GPU: what is left unexplained of the memory of a real vLLM
+0.19 server (Llama-3.1-8B, RTX 4090, 2588 blocks of 16) after weights, KV and activations."""
+DEFAULT_BATCHED_TOKENS = 2048
+
+
+def kv_bytes_available(problem: Problem, stage: Stage, limits: Limits) -> float:
+    """Bytes per GPU of a stage left for KV, after weights, activations and the runtime (may be negative)."""
+    model = problem.model
+    memory_bytes = min(problem.cluster.gpu(gpu).memory_bytes for gpu in stage.gpus) * limits.gpu_memory_utilization
+    tokens = limits.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS
+    width = 4 * model.hidden_size + 3 * model.intermediate_size / stage.tp
+    activation_bytes = 2 * tokens * width
+    if stage.end_layer == model.num_layers:
+        activation_bytes += 4 * limits.max_num_seqs * model.vocab_size
+    return (
+        memory_bytes
+        - model.weight_bytes(stage.first_layer, stage.end_layer) / stage.tp
+        - activation_bytes
+        - RUNTIME_BYTES
+    )
+
+
+def kv_blocks(problem: Problem, stages: tuple[Stage, ...], limits: Limits) -> int:
+    """Blocks that every stage has room for; 0 if the model does not fit."""
+    if limits.num_kv_blocks is not None:
+        return limits.num_kv_blocks
+    blocks = []
+    for stage in stages:
+        per_token = problem.model.kv_bytes_per_token_layer_gpu(stage.tp) * stage.num_layers
+        blocks.append(int(kv_bytes_available(problem, stage, limits) // (per_token * limits.block_size)))
+    return max(0, min(blocks))
+
+
+class Ledger:
+    """``free`` + used = ``total`` blocks of ``block_size`` tokens, always."""
+
+    __slots__ = ("_content", "_free_queue", "block_size", "free", "total")
+
+    def __init__(self, total: int, block_size: int, prefix_caching: bool = False) -> None:
+        self.total = total
+        self.block_size = block_size
+        self.free = total
+        # content hash -> number of holders (0: in the free queue, content intact)
+        self._content: dict[Hashable, int] | None = {} if prefix_caching else None
+        # key -> blocks; a key that is a content hash stands for one block, any other for a run of blank ones
+        self._free_queue: OrderedDict[Hashable, int] = OrderedDict()
+        if prefix_caching:
+            self._free_queue[object()] = total
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free
+
+    @property
+    def prefix_caching(self) -> bool:
+        return self._content is not None
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-tokens // self.block_size)
+
+    def take(self, blocks: int) -> None:
+        """Hand out blank blocks, evicting content from the head of the free queue."""
+        if blocks > self.free:
+            raise SimulationError(f"KV ledger: {blocks} blocks wanted, {self.free} of {self.total} free")
+        self.free -= blocks
+        if self._content is None:
+            return
+        while blocks:
+            key, count = next(iter(self._free_queue.items()))
+            if count > blocks:
+                self._free_queue[key] = count - blocks
+                return
+            del self._free_queue[key]
+            self._content.pop(key, None)
+            blocks -= count
+
+    def give(self, blocks: int, shared: Sequence[Hashable] = ()) -> None:
+        """Take back a request's blocks: ``blocks`` blank ones and a reference to each shared one."""
+        self.free += blocks
+        if self._content is None:
+            return
+        if blocks:
+            self._free_queue[object()] = blocks
+        for key in reversed(shared):
+            self._content[key] -= 1
+            if not self._content[key]:
+                self._free_queue[key] = 1
+                self.free += 1
+
+    def known_prefix(self, hashes: Sequence[Hashable]) -> int:
+        """Leading blocks whose content is in memory."""
+        if not self._content:
+            return 0
+        known = 0
+        for key in hashes:
+            if key not in self._content:
+                break
+            known += 1
+        return known
+
+    def idle_blocks(self, hashes: Sequence[Hashable]) -> int:
+        """How many of these known blocks are in the free queue, hence would leave it when shared."""
+        assert self._content is not None
+        return sum(1 for key in hashes if not self._content[key])
+
+    def share(self, hashes: Sequence[Hashable]) -> None:
+        """Hold one more reference to each of these known blocks."""
+        assert self._content is not None
+        for key in hashes:
+            if not self._content[key]:
+                del self._free_queue[key]
+                self.free -= 1
+            self._content[key] += 1
+
+    def publish(self, key: Hashable) -> bool:
+        """Give a held blank block a content hash; ``False`` if another block has that content already."""
+        if self._content is None or key in self._content:
+            return False
+        self._content[key] = 1
+        return True

@@ -1,0 +1,181 @@
+"""From timestamps to figures: distributions, SLO attainment, goodput, cost. Pure functions, nothing accumulated.
+
+Start with ``summarise``. Latency distributions are over completed requests; SLO attainment is over all of them,
+so that rejected, failed and unfinished requests count as misses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sim.record import Result
+from sim.types import Slo
+
+PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
+LATENCIES = ("ttft_s", "tpot_s", "e2e_s", "queue_s", "prefill_s", "transfer_s", "decode_s")
+BOUNDS = ("ttft", "tpot", "e2e")
+LEADING_NUMBER = re.compile(r"^\d+ ")
+"""A request's own count in a reason ("9000 tokens exceed ..."), left out so that equal reasons add up."""
+MOST_REASONS = 10
+
+Columns = Mapping[str, NDArray[Any]]
+"""Request columns as in ``Result.columns``: one array each, all of one length."""
+
+
+def distribution(values: ArrayLike) -> dict[str, float | int | None]:
+    """Mean, population standard deviation, percentiles (linear interpolation), extremes and count; NaN is left out.
+
+    Everything but ``count`` is ``None`` where there is no value.
+    """
+    array = np.asarray(values, dtype=float)
+    array = array[~np.isnan(array)]
+    if not array.size:
+        return {**dict.fromkeys(("mean", "std", *PERCENTILES, "min", "max")), "count": 0}
+    quantiles = np.percentile(array, list(PERCENTILES.values()))
+    return {
+        "mean": float(array.mean()),
+        "std": float(array.std()),
+        **{name: float(value) for name, value in zip(PERCENTILES, quantiles, strict=True)},
+        "min": float(array.min()),
+        "max": float(array.max()),
+        "count": int(array.size),
+    }
+
+
+def scaled(slo: Slo, factor: float) -> Slo:
+    """The same targets, every latency bound multiplied by ``factor``."""
+    return replace(
+        slo,
+        ttft_s=None if slo.ttft_s is None else slo.ttft_s * factor,
+        tpot_s=None if slo.tpot_s is None else slo.tpot_s * factor,
+        e2e_s=None if slo.e2e_s is None else slo.e2e_s * factor,
+    )
+
+
+def met(columns: Columns, slo: Slo) -> dict[str, NDArray[np.bool_]]:
+    """Per bound that the SLO sets, and jointly (``all``), whether each request completed within it.
+
+    A request of one output token has no TPOT and meets that bound by definition.
+    """
+    completed = columns["outcome"] == "completed"
+    marks = {}
+    for bound in BOUNDS:
+        limit = getattr(slo, f"{bound}_s")
+        if limit is not None:
+            values = columns[f"{bound}_s"]
+            marks[bound] = completed & ((values <= limit) | (np.isnan(values) & (columns["output_tokens"] == 1)))
+    return {**marks, "all": np.logical_and.reduce([completed, *marks.values()])}
+
+
+def attainment(columns: Columns, slo: Slo, scale: float = 1.0) -> dict[str, float | None]:
+    """Share of requests that meet the SLO with its bounds times ``scale``: jointly, and per bound.
+
+    A bound that is not set is ``None``; so is everything where there are no requests.
+    """
+    marks = met(columns, scaled(slo, scale))
+    shares = {name: float(mark.mean()) if mark.size else None for name, mark in marks.items()}
+    return {"attainment": shares["all"], **{f"{bound}_attainment": shares.get(bound) for bound in BOUNDS}}
+
+
+def attainment_curve(columns: Columns, slo: Slo, scales: Sequence[float]) -> list[float | None]:
+    """Joint attainment at each SLO scale."""
+    return [attainment(columns, slo, scale)["attainment"] for scale in scales]
+
+
+def summarise(
+    result: Result, slo: Slo | None = None, *, usd_per_hour: float | None = None, itl: bool = False
+) -> dict[str, Any]:
+    """All figures of a run as one JSON-ready object; ``None`` means undefined or unknown.
+
+    ``usd_per_hour`` is the price of the whole cluster, idle GPUs included. Throughputs are over the makespan
+    (first arrival to last completion) and count completed requests. ``itl`` adds the distribution of every
+    gap between tokens, which costs time linear in the tokens.
+    """
+    columns = result.columns
+    done = columns["outcome"] == "completed"
+    tokens = int(columns["output_tokens"][done].sum())
+    summary: dict[str, Any] = {
+        "system": result.system,
+        "mirrors": result.mirrors,
+        **_counts(columns),
+        "makespan_s": result.makespan_s,
+        **{name: distribution(columns[name][done]) for name in LATENCIES},
+        "normalised_latency_s": distribution(columns["e2e_s"][done] / columns["output_tokens"][done]),
+        "input_tokens": int(columns["input_tokens"][done].sum()),
+        "output_tokens": tokens,
+        "requests_per_s": _per(int(done.sum()), result.makespan_s),
+        "output_tokens_per_s": _per(tokens, result.makespan_s),
+        "slo": slo_figures(columns, slo or Slo(), result.makespan_s),
+        **cost(tokens, result.makespan_s, usd_per_hour),
+        "preemptions": int(columns["preemptions"].sum()),
+        "cached_tokens": int(columns["cached_tokens"].sum()),
+        "bytes_moved": int(columns["bytes_moved"].sum()),
+        **_provenance(result),
+        "simulated_requests_per_s": _per(len(done), result.wall_s),
+        "simpy_events": result.events,
+        "wall_s": result.wall_s,
+    }
+    if itl:
+        summary["itl_s"] = distribution(result.itl_s())
+    return summary
+
+
+def slo_figures(columns: Columns, slo: Slo, makespan_s: float) -> dict[str, Any]:
+    """Targets, attainment, whether the target share is reached, and goodput: what meets every bound, per second."""
+    good = met(columns, slo)["all"]
+    shares = attainment(columns, slo)
+    return {
+        **{f"{bound}_s": getattr(slo, f"{bound}_s") for bound in BOUNDS},
+        "target": slo.attainment,
+        **shares,
+        "reached": None if shares["attainment"] is None else shares["attainment"] >= slo.attainment,
+        "goodput_per_s": _per(int(good.sum()), makespan_s),
+        "goodput_tokens_per_s": _per(int(columns["output_tokens"][good].sum()), makespan_s),
+    }
+
+
+def cost(output_tokens: int, makespan_s: float, usd_per_hour: float | None) -> dict[str, float | None]:
+    """Dollars per million output tokens of a cluster rented for the makespan."""
+    known = usd_per_hour is not None and output_tokens > 0
+    usd = usd_per_hour * makespan_s / 3600 if usd_per_hour is not None else 0.0
+    return {
+        "cluster_usd_per_hour": usd_per_hour,
+        "usd_per_million_tokens": usd / output_tokens * 1e6 if known else None,
+    }
+
+
+def _counts(columns: Columns) -> dict[str, Any]:
+    outcomes = Counter(columns["outcome"].tolist())
+    reasons = Counter(LEADING_NUMBER.sub("", reason) for reason in columns["reason"].tolist() if reason).most_common()
+    rest = sum(count for _, count in reasons[MOST_REASONS:])
+    return {
+        "requests": len(columns["outcome"]),
+        **{outcome: outcomes[outcome] for outcome in ("completed", "rejected", "failed", "running")},
+        "reasons": {**dict(reasons[:MOST_REASONS]), **({"other reasons": rest} if rest else {})},
+    }
+
+
+def _provenance(result: Result) -> dict[str, Any]:
+    """How far the step times rest on measurements."""
+    replicas = result.rows.replicas
+    return {
+        "measured": all(row.measured for row in replicas),
+        "unmeasured_gpus": sorted({row.gpu for row in replicas if not row.measured}),
+        "extrapolated_share": result.extrapolated_share,
+        "replicas": [
+            {"replica": row.replica, "role": row.role, "gpu": row.gpu, "tp": row.tp, "pp": row.pp,
+             "busy_share": _per(row.busy_s, result.makespan_s)}
+            for row in replicas
+        ],
+    }  # fmt: skip
+
+
+def _per(amount: float, seconds: float) -> float | None:
+    return amount / seconds if seconds > 0 else None

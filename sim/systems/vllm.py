@@ -1,0 +1,51 @@
+"""vLLM (PagedAttention, SOSP 2023; arXiv 2309.06180), with its V0 and V1 schedulers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sim.batchers import PrefillFirst, TokenBudget
+from sim.policy import Batcher, System
+from sim.reschedulers import RestorePlan
+from sim.systems.layout import PoolOption, layout
+from sim.transfers import Whole
+from sim.types import ConfigError, Role
+
+
+def vllm(
+    mode: Literal["v0", "v1"] = "v1",
+    preemption: Literal["recompute", "swap"] = "recompute",
+    chunked_prefill: bool = True,
+    long_prefill_token_threshold: int = 0,
+    replicas: int | None = None,
+    tp: int | None = None,
+    pp: int = 1,
+    gpu: str | None = None,
+    prefill: PoolOption = None,
+    decode: PoolOption = None,
+) -> System:
+    """vLLM: paged KV, continuous batching; V1 token budget or V0 prefill-first; colocated, or split by a KV connector.
+
+    ``mode`` v0 never mixes prompts with decodes and may swap; v1 recomputes only. Replicas get requests by fewest
+    outstanding. With ``prefill`` and ``decode`` pools the decode side pulls the whole prompt's KV.
+    """
+    if mode not in ("v0", "v1"):
+        raise ConfigError(f"system.mode is {mode!r}; vllm has v0 and v1")
+    if preemption not in ("recompute", "swap") or (mode, preemption) == ("v1", "swap"):
+        raise ConfigError(f"system.preemption is {preemption!r}; vllm v1 has recompute, v0 has recompute and swap")
+    planner, router = layout(replicas, tp, pp, gpu, prefill, decode)
+
+    def batcher(role: Role) -> Batcher:
+        if mode == "v0":
+            return PrefillFirst(preemption)
+        return TokenBudget(chunked_prefill, long_prefill_token_threshold)
+
+    return System(
+        name="vllm",
+        mirrors={"v0": "vLLM 0.2 to 0.5 (V0 scheduler)", "v1": "vLLM V1 scheduler, commit 00024d31"}[mode],
+        planner=planner,
+        router=router,
+        batcher=batcher,
+        transfer=lambda: Whole(pull=True),
+        rescheduler=RestorePlan,
+    )

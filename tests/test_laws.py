@@ -1,0 +1,137 @@
+"""The law, over every system: collapsing iterations into segments changes no time of any request or token.
+
+Also: requests in = requests out, ledgers end empty, equal seeds give equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sim import SYSTEMS, ClusterEvent, Request, Result, System
+from sim.predictors import TrueLength
+from tests.toys import ToyCost, cluster, problem, run, with_limits
+
+SPLIT = {"prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 2, "tp": 1}}
+SETTINGS: dict[str, Callable[[], System]] = {
+    "vllm v1": lambda: SYSTEMS["vllm"](replicas=2, tp=1),
+    "vllm v1 long prompts capped": lambda: SYSTEMS["vllm"](replicas=1, tp=2, long_prefill_token_threshold=48),
+    "vllm v1 unchunked": lambda: SYSTEMS["vllm"](replicas=2, tp=1, chunked_prefill=False),
+    "vllm v1 pp2": lambda: SYSTEMS["vllm"](replicas=2, tp=1, pp=2),
+    "vllm v1 split": lambda: SYSTEMS["vllm"](**SPLIT),
+    "vllm v0": lambda: SYSTEMS["vllm"](mode="v0", replicas=2, tp=1),
+    "vllm v0 swap": lambda: SYSTEMS["vllm"](mode="v0", preemption="swap", replicas=1, tp=2),
+    "vllm v0 split": lambda: SYSTEMS["vllm"](mode="v0", **SPLIT),
+    "sarathi-serve": lambda: SYSTEMS["sarathi-serve"](token_budget=64, replicas=2, tp=1),
+    "sarathi-serve pp2": lambda: SYSTEMS["sarathi-serve"](token_budget=64, replicas=1, tp=1, pp=2),
+    "sarathi-serve split": lambda: SYSTEMS["sarathi-serve"](token_budget=64, **SPLIT),
+    "splitwise": lambda: SYSTEMS["splitwise"](prompt_queue_tokens=300, **SPLIT),
+    "splitwise serial": lambda: SYSTEMS["splitwise"](transfer="serial", prompt_queue_tokens=2000, **SPLIT),
+}
+"""Every system in every mode that schedules differently; a new system adds its own lines."""
+
+
+def test_every_system_is_under_the_law() -> None:
+    assert {name.split()[0] for name in SETTINGS} == set(SYSTEMS)
+
+
+@st.composite
+def traffic(draw: st.DrawFn) -> list[Request]:
+    """Bursts on a coarse grid (ties), short and long prompts, some with shared prefixes."""
+    count = draw(st.integers(1, 40))
+    gap = draw(st.sampled_from([0.0, 0.01, 0.05, 0.3]))
+    arrival, requests = 0.0, []
+    for number in range(count):
+        arrival = round(arrival + gap * draw(st.integers(0, 3)), 3)
+        tokens = draw(st.integers(1, 250))
+        shared = draw(st.integers(0, 3))
+        blocks = tuple((shared, block).__hash__() for block in range(tokens // 16)) if shared else ()
+        requests.append(
+            Request(
+                id=number, arrival_s=arrival, input_tokens=tokens, output_tokens=draw(st.integers(1, 120)), prefix=blocks,
+                prefix_block_tokens=16 if blocks else None,
+            )
+        )  # fmt: skip
+    return requests
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> dict[str, Any]:
+    """Everything that varies beside the system: KV size, batch limits, step costs, links."""
+    return {
+        "limits": {
+            "num_kv_blocks": draw(st.sampled_from([24, 40, 80, 1000])),
+            "max_num_seqs": draw(st.sampled_from([2, 7, 256])),
+            "max_num_batched_tokens": draw(st.sampled_from([256, 300, 2048])),
+            "block_size": draw(st.sampled_from([8, 16])),
+            "prefix_caching": draw(st.booleans()),
+        },
+        "cost": ToyCost(
+            knot=draw(st.sampled_from([200, 1500, 10**9])), base_ps=draw(st.sampled_from([10**10, 10**9 + 7]))
+        ),
+        "gbps": draw(st.sampled_from([0.1, 100])),
+    }
+
+
+def both_modes(
+    make: Callable[[], System], world: dict[str, Any], requests: list[Request], **more: Any
+) -> tuple[Result, Result]:
+    system = with_limits(make(), **world["limits"])
+    where = problem(cluster(gpus=2, nodes=2, gbps=world["gbps"]), world["cost"])
+    collapsed = run(system, requests, where, predictor=TrueLength(), **more)
+    stepped = run(
+        with_limits(make(), **world["limits"]), requests, where, predictor=TrueLength(), step_by_step=True, **more
+    )
+    return collapsed, stepped
+
+
+def check(collapsed: Result, stepped: Result, requests: list[Request]) -> None:
+    assert collapsed.log() == stepped.log()
+    assert len(collapsed.rows.requests) == len(requests)
+    assert collapsed.iterations == stepped.iterations
+    assert collapsed.segments <= stepped.segments == stepped.iterations
+    busy = [[row.stage_busy_s for row in result.rows.replicas] for result in (collapsed, stepped)]
+    assert busy[0] == busy[1]
+    for row in collapsed.rows.requests:
+        if row.outcome == "completed":
+            times = collapsed.token_times_ps(row.request.id)
+            assert len(times) == row.request.output_tokens
+            assert times == sorted(times)
+            assert times[0] == row.first_token_ps
+            assert times[-1] == row.finish_ps
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@settings(max_examples=40)
+@given(world=worlds(), requests=traffic())
+def test_collapsing_changes_nothing(name: str, world: dict[str, Any], requests: list[Request]) -> None:
+    check(*both_modes(SETTINGS[name], world, requests), requests)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@settings(max_examples=15)
+@given(world=worlds(), requests=traffic(), data=st.data())
+def test_collapsing_changes_nothing_under_faults(
+    name: str, world: dict[str, Any], requests: list[Request], data: st.DataObject
+) -> None:
+    lost = data.draw(st.sampled_from(["n0", "n1", "n0.g1"]))
+    at_s = data.draw(st.sampled_from([0.02, 0.5, 1.0]))
+    events = (
+        ClusterEvent(at_s=at_s / 2, kind="gpu_slow", target="n1.g0", factor=1.5),
+        ClusterEvent(at_s=at_s, kind="node_lost", target=lost),
+        ClusterEvent(at_s=at_s, kind="link_scaled", target="nic:n0:out", factor=0.5),
+        ClusterEvent(at_s=at_s + 0.7, kind="gpu_joined", target=lost),
+    )
+    check(*both_modes(SETTINGS[name], world, requests, events=events), requests)
+
+
+@settings(max_examples=10)
+@given(world=worlds(), requests=traffic())
+def test_equal_runs_give_equal_bytes(world: dict[str, Any], requests: list[Request]) -> None:
+    system = with_limits(SETTINGS["vllm v1"](), **world["limits"])
+    first, second = (run(system, requests, problem(cluster(2, 2), world["cost"])) for _ in range(2))
+    assert first.log() == second.log()
