@@ -22,6 +22,12 @@ def make_room(batch: Batch, how: Literal["recompute", "swap"] = "recompute") -> 
         batch.preempt(victim, "recompute" if victim.remaining_tokens else how)
 
 
+def welcome(batch: Batch) -> None:
+    """Whoever arrived with its KV decodes from now on, while ``max_num_seqs`` allows."""
+    for request in batch.arrived[: max(0, batch.limits.max_num_seqs - batch.num_running)]:
+        batch.welcome(request)
+
+
 def refuse_if_full(total_tokens: int, total_blocks: int, keep_blocks: int, limits: Limits) -> str | None:
     """A request that does not fit even alone, with ``keep_blocks`` kept free, would wait forever."""
     need = -(-total_tokens // limits.block_size)
@@ -45,6 +51,7 @@ class PrefillFirst:
         return limits.max_num_batched_tokens or max(2048, limits.max_model_len or 0)
 
     def fill(self, batch: Batch) -> None:
+        welcome(batch)
         if not batch.swapped and self._admit_prompts(batch):
             return
         make_room(batch, self.preemption)
@@ -54,7 +61,7 @@ class PrefillFirst:
             batch.decode()
 
     def _admit_prompts(self, batch: Batch) -> int:
-        """Tokens of the prompts that may start now; requests whose KV came from elsewhere just join."""
+        """Tokens of the prompts that start now."""
         limits = batch.limits
         budget = total = self.max_tokens(limits)
         keep = int(self.watermark * batch.total_blocks)
@@ -62,7 +69,7 @@ class PrefillFirst:
             tokens = batch.tokens_wanted(request)
             if batch.num_running >= limits.max_num_seqs or tokens > budget:
                 break
-            if not batch.admit(request, tokens, keep_free_blocks=keep if tokens else 0):
+            if not batch.admit(request, tokens, keep_free_blocks=keep):
                 break
             budget -= tokens
         return total - budget
@@ -96,6 +103,7 @@ class TokenBudget:
     def fill(self, batch: Batch) -> None:
         limits = batch.limits
         budget = limits.max_num_batched_tokens or 2048
+        welcome(batch)
         make_room(batch)
         late = batch.decoding[budget:] if batch.num_decodes > budget else ()
         if batch.num_decodes:
@@ -117,7 +125,7 @@ class TokenBudget:
                 break
             if not batch.admit(request, tokens):
                 break
-            budget -= max(1, tokens)
+            budget -= tokens
 
     def _capped(self, tokens: int) -> int:
         return min(tokens, self.threshold) if self.threshold else tokens
@@ -150,6 +158,7 @@ class StallFree:
         self.watermark = watermark
 
     def fill(self, batch: Batch) -> None:
+        welcome(batch)
         make_room(batch)
         most = self.token_budget or batch.limits.max_num_batched_tokens or 512
         budget = max(0, most - batch.num_decodes)
@@ -165,10 +174,9 @@ class StallFree:
             tokens = min(wanted, budget)
             if not budget or batch.num_running >= batch.limits.max_num_seqs:
                 break
-            whole = request.input_tokens if wanted else None
-            if not batch.admit(request, tokens, reserve_tokens=whole, keep_free_blocks=keep if wanted else 0):
+            if not batch.admit(request, tokens, reserve_tokens=request.remaining_tokens, keep_free_blocks=keep):
                 break
-            budget -= max(1, tokens)
+            budget -= tokens
 
     def refuse(self, request: RequestView, total_tokens: int, total_blocks: int, limits: Limits) -> str | None:
         return refuse_if_full(total_tokens, total_blocks, int(self.watermark * total_blocks), limits)
@@ -187,6 +195,7 @@ class PausingMixed:
         self._pauses: dict[int, int] = {}
 
     def fill(self, batch: Batch) -> None:
+        welcome(batch)
         make_room(batch)
         size, budget = batch.limits.max_num_seqs, batch.limits.max_num_batched_tokens or 2048
         if not any(True for _ in batch.waiting) and batch.num_decodes <= min(size, budget):
@@ -207,10 +216,10 @@ class PausingMixed:
         prompts = total = 0
         for request in batch.waiting:
             tokens = batch.tokens_wanted(request)
-            fits = tokens == 0 or (prompts < size and (total + tokens <= budget or (alone and prompts == 0)))
+            fits = prompts < size and (total + tokens <= budget or (alone and prompts == 0))
             if not fits or not batch.admit(request, tokens, keep_free_blocks=batch.blocks_to_grow):
                 break
-            prompts += tokens > 0
+            prompts += 1
             total += tokens
         return prompts, total
 

@@ -175,9 +175,12 @@ class Batch(Protocol):
     def role(self) -> Role: ...
     @property
     def waiting(self) -> Iterator[RequestView]:
-        """Queued requests in queue order (recomputed ones stand in front). Admitting the request just
+        """Requests with a prompt to compute, in queue order (recomputed ones stand in front). Admitting the request just
         yielded while iterating is allowed."""
 
+    @property
+    def arrived(self) -> Sequence[RequestView]:
+        """Requests whose KV has come from another replica and who do not run yet, first come first."""
     @property
     def prefilling(self) -> Sequence[RequestView]:
         """Admitted requests whose prompt is unfinished, in order of admission."""
@@ -228,12 +231,14 @@ class Batch(Protocol):
         reserve_tokens: int | None = None,
         keep_free_blocks: int = 0,
     ) -> bool:
-        """Let a waiting request run, computing ``tokens`` of its prompt now (0 if its KV is here).
+        """Let a waiting request run, computing ``tokens`` of its prompt now.
 
         Blocks are taken for ``reserve_tokens`` (default: what is computed after this step);
         ``False``, and nothing done, when that would leave fewer than ``keep_free_blocks`` free.
         """
 
+    def welcome(self, request: RequestView) -> None:
+        """Let an arrived request decode; before ``decode`` is called."""
     def prefill(self, request: RequestView, tokens: int) -> bool:
         """Compute the next ``tokens`` of an admitted prompt; ``False`` if blocks are missing."""
 

@@ -52,6 +52,10 @@ class Draft:
                 return
 
     @property
+    def arrived(self) -> Sequence[Job]:
+        return tuple(self.replica.arrived)
+
+    @property
     def prefilling(self) -> Sequence[Job]:
         jobs = self.replica.prefilling
         return [job for job in jobs if not job.in_flight] if jobs else ()
@@ -145,13 +149,11 @@ class Draft:
             raise self._illegal(f"admits {job}, which is not waiting here")
         cached = 0 if job.computed_tokens else self._cached_tokens(job)
         wanted = job.target_tokens - (job.computed_tokens or cached)
-        if not 0 <= tokens <= wanted or (tokens == 0) != (wanted == 0):
+        if not 0 < tokens <= wanted:
             raise self._illegal(f"admits {job} with {tokens} tokens; it wants {wanted}")
         known = job.hashes[: cached // ledger.block_size]
         keep = job.computed_tokens + cached + tokens
         need = max(0, ledger.blocks(max(keep, reserve_tokens or 0)) - job.held_blocks - len(known))
-        if wanted == 0:
-            keep_free_blocks += self._growth(job)  # it joins the decodes of this very batch
         if ledger.free - need - (ledger.idle_blocks(known) if known else 0) < keep_free_blocks:
             return False
         del replica.waiting[job]
@@ -164,12 +166,17 @@ class Draft:
         ledger.take(need)
         job.blocks += need
         replica.running[job] = None
-        if wanted:
-            replica.prefilling[job] = None
-            self._schedule(job, tokens)
-        else:
-            self._join(job)
+        replica.prefilling[job] = None
+        self._schedule(job, tokens)
         return True
+
+    def welcome(self, request: RequestView) -> None:
+        job, replica = cast("Job", request), self.replica
+        if job not in replica.arrived or self.cohort is not None:
+            raise self._illegal(f"welcomes {job}, which is not newly arrived, or after decode was called")
+        del replica.arrived[job]
+        replica.running[job] = None
+        self._join(job)
 
     def prefill(self, request: RequestView, tokens: int) -> bool:
         job, replica = cast("Job", request), self.replica

@@ -213,7 +213,6 @@ class Changes:
         displaced = list(replica.waiting)
         for job in displaced:
             replica.forget_prefill(job)
-            replica.release(job)
             self._displace(job)
         replica.waiting.clear()
         replica.retiring = True

@@ -10,7 +10,6 @@ from sim.types import Request, Route, to_ps
 
 if TYPE_CHECKING:
     from sim.engine.cohort import Cohort
-    from sim.engine.replica import ReplicaState
 
 
 class Job:
@@ -47,7 +46,6 @@ class Job:
         "prefill_end_ps",
         "priority",
         "published",
-        "replica",
         "request",
         "reserved",
         "route",
@@ -75,7 +73,6 @@ class Job:
         self.computed_tokens = 0
         self.generated_tokens = 0  # as of the last time the job left a cohort
         self.route: Route | None = None
-        self.replica: ReplicaState | None = None
         self.epoch = 0  # grows when a fault takes the job's place away: late mail recognises itself by it
         self.in_flight = False
         self.blocks = 0  # blank KV blocks held; `shared` are held on top

@@ -86,9 +86,35 @@ class Moves:
             target.arriving[delivery.job] = None
             delivery.started_ps = self._engine.clock.now_ps
             self._send(delivery)
+        if target.inbox and target.only_holds:
+            self._break_circle(target)
         for flight in target.flights:  # it may have counted on blocks that are gone now
             if blocks_to_come(target, flight) > target.ledger.free:
                 self._engine.cut(target, flight)
+
+    def _break_circle(self, target: ReplicaState) -> None:
+        """Replicas that hold nothing but KV waiting for room at each other would wait forever.
+
+        The delivery that asked last among them gives up: its KV is dropped and computed again at its target.
+        """
+        stuck = {replica for replica in self._engine.by_leg.values() if replica.only_holds and replica.inbox}
+        waiting = [d for d in self.under_way.values() if d.started_ps is None]
+        holding = {d.job: d for d in waiting}
+        while free := {s for s in stuck if not all(j in holding and holding[j].target in stuck for j in s.departing)}:
+            stuck -= free
+        if target not in stuck:
+            return
+        last = [delivery for delivery in waiting if delivery.source in stuck][-1]
+        del self.under_way[last.job]
+        last.target.inbox.remove(last)
+        last.job.epoch += 1
+        del last.source.departing[last.job]
+        last.source.release(last.job)
+        last.job.start_over()
+        last.target.enqueue(last.job)
+        last.job.preemptions += 1
+        for replica in (last.source, last.target):
+            self._engine.clock.at(self._engine.clock.now_ps + 1, self.room_again, replica)
 
     def _send(self, delivery: Delivery) -> None:
         """The next part, one tick after it is ready at the earliest."""
@@ -134,7 +160,7 @@ class Moves:
         target.settle()
         job.blocks = delivery.blocks
         job.hashes = ()
-        target.enqueue(job)
+        target.arrived[job] = None
         if source.inbox:
             self.make_room(source)
         if source.waiting or source.swapped or source.paused:

@@ -105,6 +105,7 @@ class ReplicaState:
         self.idle: Cohort | None = None
         self.cohorts: list[Cohort] = []
         self.waiting: OrderedDict[Job, None] = OrderedDict()
+        self.arrived: OrderedDict[Job, None] = OrderedDict()  # KV came from elsewhere, not decoding yet
         self.running: OrderedDict[Job, None] = OrderedDict()
         self.prefilling: OrderedDict[Job, None] = OrderedDict()
         self.swapped: OrderedDict[Job, None] = OrderedDict()
@@ -119,7 +120,7 @@ class ReplicaState:
 
     def __repr__(self) -> str:
         return (
-            f"{self.name} ({self.role}): waiting {len(self.waiting)}, running {len(self.running)} "
+            f"{self.name} ({self.role}): waiting {len(self.waiting)}, arrived {len(self.arrived)}, running {len(self.running)} "
             f"({len(self.prefilling)} in prefill), swapped {len(self.swapped)}, KV leaving {len(self.departing)}, "
             f"KV arriving {len(self.inbox) + len(self.arriving)}, blocks {self.ledger.used}/{self.ledger.total}"
         )
@@ -128,7 +129,7 @@ class ReplicaState:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting)
+        return len(self.waiting) + len(self.arrived)
 
     @property
     def num_running(self) -> int:
@@ -140,7 +141,7 @@ class ReplicaState:
 
     @property
     def num_decoding(self) -> int:
-        here = len(self.waiting) + len(self.running) + len(self.swapped)
+        here = len(self.waiting) + len(self.arrived) + len(self.running) + len(self.swapped)
         return here - self._num_prefilling + len(self.inbox) + len(self.arriving)
 
     @property
@@ -164,14 +165,12 @@ class ReplicaState:
     # ------------------------------------------------------------ jobs come and go
 
     def enqueue(self, job: Job, *, in_front: bool = False) -> None:
-        """To the waiting queue; a job with nothing left to prefill waits to decode."""
-        job.replica = self
+        """To the waiting queue, with a prompt to compute."""
         self.waiting[job] = None
         if in_front:
             self.waiting.move_to_end(job, last=False)
-        if job.remaining_tokens:
-            self._num_prefilling += 1
-            self._pending_prefill_tokens += job.remaining_tokens
+        self._num_prefilling += 1
+        self._pending_prefill_tokens += job.remaining_tokens
 
     def computed(self, job: Job, tokens: int) -> None:
         """So many more tokens of the job's prompt are in the KV cache."""
@@ -204,10 +203,15 @@ class ReplicaState:
 
     def jobs(self) -> Iterator[Job]:
         """Everyone whose work or KV is here, in a fixed order."""
-        for place in (self.running, self.waiting, self.swapped, self.departing, self.arriving):
+        for place in (self.running, self.waiting, self.arrived, self.swapped, self.departing, self.arriving):
             yield from place
         for delivery in self.inbox:
             yield delivery.job
+
+    @property
+    def only_holds(self) -> bool:
+        """Nothing here can make progress or free blocks by itself: all KV held waits to leave."""
+        return not (self.flights or self.running or self.arriving or self.arrived or self.swapped)
 
     # ------------------------------------------------------------ the present
 

@@ -241,7 +241,7 @@ class Engine:
         launched: list[Flight] = []
         while len(replica.flights) < replica.lanes:
             draft = Draft(replica, now_ps / 1e12)
-            if replica.waiting or replica.running or replica.swapped:
+            if replica.waiting or replica.running or replica.arrived or replica.swapped:
                 replica.batcher.fill(draft)
             if draft.empty:
                 break
@@ -287,7 +287,7 @@ class Engine:
             if not job.remaining_tokens:
                 self._emit_first(replica, job, now_ps)
         self._dispatch(replica)
-        if replica.inbox and replica.inbox[0].blocks <= replica.ledger.free:
+        if replica.inbox and (replica.inbox[0].blocks <= replica.ledger.free or replica.only_holds):
             self.clock.at(now_ps + 1, self.moves.make_room, replica)
         if replica.retiring:
             self.changes.maybe_drained(replica)
