@@ -67,7 +67,8 @@ class PrefillFirst:
         keep = int(self.watermark * batch.total_blocks)
         for request in batch.waiting:
             tokens = batch.tokens_wanted(request)
-            if batch.num_running >= limits.max_num_seqs or tokens > budget:
+            alone = request.preemptions and budget == total  # a recompute may be longer than the limit
+            if batch.num_running >= limits.max_num_seqs or (tokens > budget and not alone):
                 break
             if not batch.admit(request, tokens, keep_free_blocks=keep):
                 break
@@ -141,8 +142,8 @@ class TokenBudget:
 
     def refuse(self, request: RequestView, total_tokens: int, total_blocks: int, limits: Limits) -> str | None:
         budget = limits.max_num_batched_tokens or 2048
-        if not self.chunked_prefill and request.input_tokens > budget:
-            return f"a prompt of {request.input_tokens} tokens exceeds max_num_batched_tokens {budget} without chunking"
+        if not self.chunked_prefill and total_tokens > budget:
+            return f"{total_tokens} tokens (all may have to be recomputed at once) exceed max_num_batched_tokens {budget}"
         return refuse_if_full(total_tokens, total_blocks, 0, limits)
 
 

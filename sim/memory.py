@@ -106,6 +106,18 @@ class Ledger:
                 self._free_queue[key] = 1
                 self.free += 1
 
+    @property
+    def blank_first(self) -> int:
+        """Blocks that can be handed out before any content is lost."""
+        if self._content is None:
+            return self.free
+        blank = 0
+        for key, count in self._free_queue.items():
+            if key in self._content:
+                break
+            blank += count
+        return blank
+
     def known_prefix(self, hashes: Sequence[Hashable]) -> int:
         """Leading blocks whose content is in memory."""
         if not self._content:

@@ -84,13 +84,15 @@ def extend(replica: ReplicaState, flight: Flight) -> None:
         most = min(most, max(1, full))
         if job.hashes and ledger.prefix_caching:
             most = 1  # what it publishes may shorten the prompts that wait
+    # a prompt that waits for blocks may need fewer once content that it shares is evicted
+    blocks = ledger.blank_first if replica.waiting else ledger.free
     if most > 1 and not flight.chunks and cohort is not None:
-        most = 1 + cohort.iterations_within(ledger.free, most - 1, skip=1)
+        most = 1 + cohort.iterations_within(blocks, most - 1, skip=1)
     elif most > 1:
         low = 1
         while low < most:  # most iterations whose blocks are there
             middle = (low + most + 1) // 2
-            if blocks_to_come(replica, flight, middle) <= ledger.free:
+            if blocks_to_come(replica, flight, middle) <= blocks:
                 low = middle
             else:
                 most = middle - 1
