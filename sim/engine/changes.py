@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sim.engine.clock import Alarm
 from sim.engine.job import Job
 from sim.engine.replica import ReplicaState
 from sim.engine.setup import bind_cost, check_plan
@@ -60,13 +61,14 @@ class Changes:
             f"events: {event.kind} at {event.at_s} s names {event.target!r}; known are {', '.join(known[:8])} ..."
         )
 
-    def _tick(self, _: object) -> None:
+    def _tick(self, _: Alarm) -> None:
         if self.engine.unfinished:
             assert self.rescheduler.interval_s is not None
             self._react("tick", ())
             self.engine.clock.at(self.engine.clock.now_ps + to_ps(self.rescheduler.interval_s), self._tick)
 
-    def _happen(self, event: ClusterEvent) -> None:
+    def _happen(self, alarm: Alarm) -> None:
+        event: ClusterEvent = alarm.subject
         targets = self._targets(event)
         self.note(event.kind, f"{event.target}" + (f" x {event.factor}" if event.factor is not None else ""))
         if event.kind == "link_scaled":
@@ -152,8 +154,9 @@ class Changes:
         self.try_load()
         return displaced
 
-    def target_gone(self, job: Job) -> None:
+    def target_gone(self, alarm: Alarm) -> None:
         """Prefilled, but the replica that was to decode it is no more."""
+        job: Job = alarm.subject
         self._displace(job)
         self._settle_in([job])
 
@@ -237,7 +240,8 @@ class Changes:
                 weight_bytes = engine.problem.model.weight_bytes(stage.first_layer, stage.end_layer)
                 engine.links.start(engine.problem.cluster.load_path(stage.gpus), weight_bytes, self._loaded, spec)
 
-    def _loaded(self, spec: Replica) -> None:
+    def _loaded(self, alarm: Alarm) -> None:
+        spec: Replica = alarm.subject
         if self.loading.get(spec.name) is not spec:
             return
         self.loads[spec.name] -= 1

@@ -19,27 +19,19 @@ BOUNDARY = 2
 
 
 class Alarm(Event):
-    """Calls ``call(subject)`` at an integer time, unless it was cancelled before."""
+    """Calls ``call(alarm)`` at an integer time, unless it was cancelled before; ``subject`` is the caller's own."""
 
-    def __init__(
-        self, env: simpy.Environment, at_ps: int, priority: int, call: Callable[[Any], None], subject: Any
-    ) -> None:
+    def __init__(self, env: simpy.Environment, call: Callable[[Any], None], subject: Any) -> None:
         # like simpy.Timeout: triggered from the start, so Event.__init__ has nothing to add
         self.env = env
-        self.callbacks = [self._ring]
+        self.callbacks = [call]
         self._value = None
         self._ok = True
-        self.call: Callable[[Any], None] | None = call
         self.subject = subject
-        env.schedule(self, priority, at_ps - env.now)  # type: ignore[arg-type]
-
-    def _ring(self, _: Event) -> None:
-        if self.call is not None:
-            self.call(self.subject)
 
     def cancel(self) -> None:
         """SimPy has no removal: the alarm stays queued and rings silently."""
-        self.call = None
+        self.callbacks = []
 
 
 class Clock:
@@ -53,9 +45,14 @@ class Clock:
     def now_ps(self) -> int:
         return self._env._now  # type: ignore[return-value]
 
-    def at(self, at_ps: int, call: Callable[[Any], None], subject: Any = None, priority: int = OUTSIDE) -> Alarm:
+    def at(
+        self, at_ps: int, call: Callable[[Alarm], None], subject: Any = None, priority: int = OUTSIDE
+    ) -> Alarm:
+        env = self._env
+        alarm = Alarm(env, call, subject)
+        env.schedule(alarm, priority, at_ps - env._now)  # type: ignore[arg-type]
         self.events += 1
-        return Alarm(self._env, at_ps, priority, call, subject)
+        return alarm
 
     def nothing_else_now(self) -> bool:
         """No other alarm is due at this very instant."""

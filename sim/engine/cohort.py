@@ -119,6 +119,8 @@ class Cohort:
             return 0
         size = self.block_size
         bases = self._bases
+        if iterations == 1:
+            return bases[-(self.it + skip) % size]
         cycles, rest = divmod(iterations, size)
         start = self.it + skip
         blocks = cycles * sum(bases) if cycles else 0

@@ -18,12 +18,12 @@ from sim.types import PS_PER_S, to_ps
 
 @dataclass(slots=True, eq=False)
 class Flow:
-    """Bytes under way; ``done(subject)`` is called when the last one has arrived."""
+    """Bytes under way; ``done`` is called, with an alarm about ``subject``, when the last one has arrived."""
 
     usage: tuple[tuple[str, float], ...]
     latency_ps: int
     left_bytes: float
-    done: Callable[[Any], None]
+    done: Callable[[Alarm], None]
     subject: Any
     since_ps: int
     bytes_per_s: float = 0.0
@@ -42,16 +42,21 @@ class Links:
     def capacity(self, resource: str) -> float:
         return self._nominal[resource] * self._factor.get(resource, 1.0)
 
-    def start(self, path: Path, size_bytes: float, done: Callable[[Any], None], subject: Any = None) -> Flow:
+    def start(self, path: Path, size_bytes: float, done: Callable[[Alarm], None], subject: Any = None) -> Flow:
         """Send bytes along a path from now on; at least one tick passes until ``done``."""
         now_ps = self._clock.now_ps
         flow = Flow(path.usage, to_ps(path.latency_s), size_bytes, done, subject, now_ps)
         if not flow.usage or size_bytes <= 0:
             flow.alarm = self._clock.at(now_ps + max(1, flow.latency_ps), done, subject)
             return flow
+        shared = False
         for resource, fraction in flow.usage:
-            self._on.setdefault(resource, {})[flow] = fraction
-        self._share(self._touching([flow]))
+            users = self._on.get(resource)
+            if users is None:
+                users = self._on[resource] = {}
+            shared |= bool(users)
+            users[flow] = fraction
+        self._share(self._touching([flow]) if shared else {flow: None})
         return flow
 
     def cancel(self, flow: Flow) -> None:
@@ -67,13 +72,16 @@ class Links:
     # ------------------------------------------------------------ inside
 
     def _remove(self, flow: Flow) -> None:
-        touching = self._touching([flow])
+        beside: dict[Flow, None] = {}
         for resource, _ in flow.usage:
-            self._on.get(resource, {}).pop(flow, None)
-        touching.pop(flow, None)
-        self._share(touching)
+            users = self._on.get(resource, {})
+            users.pop(flow, None)
+            beside.update(dict.fromkeys(users))
+        if beside:
+            self._share(self._touching(list(beside)))
 
-    def _sent(self, flow: Flow) -> None:
+    def _sent(self, alarm: Alarm) -> None:
+        flow: Flow = alarm.subject
         self._remove(flow)
         self._clock.at(self._clock.now_ps + max(1, flow.latency_ps), flow.done, flow.subject)
 
@@ -106,6 +114,9 @@ class Links:
 
     def _fair(self, flows: dict[Flow, None]) -> dict[Flow, float]:
         """Progressive filling: raise all rates together, freeze those that meet a full resource."""
+        if len(flows) == 1:
+            (flow,) = flows
+            return {flow: min([self.capacity(resource) / fraction for resource, fraction in flow.usage])}
         rates: dict[Flow, float] = {}
         open_flows = dict(flows)
         resources = {resource: self.capacity(resource) for flow in flows for resource, _ in flow.usage}

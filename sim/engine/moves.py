@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from sim.engine.clock import Alarm
 from sim.engine.flight import blocks_to_come
 from sim.engine.job import Job
 from sim.engine.replica import Delivery, Flight, ReplicaState
@@ -71,11 +72,16 @@ class Moves:
             )
         return Delivery(job, job.epoch, move, replica, target, target.ledger.blocks(tokens), parts)
 
-    def _ask_for_room(self, delivery: Delivery) -> None:
+    def _ask_for_room(self, alarm: Alarm) -> None:
+        delivery: Delivery = alarm.subject
         if delivery.epoch == delivery.job.epoch:
             self.under_way[delivery.job] = delivery
             delivery.target.inbox.append(delivery)
             self.make_room(delivery.target)
+
+    def let_in(self, alarm: Alarm) -> None:
+        """Blocks may have come free at a replica's own boundary."""
+        self.make_room(alarm.subject)
 
     def make_room(self, target: ReplicaState) -> None:
         """Let KV in that waits, first come first served, while blocks are free."""
@@ -116,20 +122,24 @@ class Moves:
         for replica in (last.source, last.target):
             self._engine.clock.at(self._engine.clock.now_ps + 1, self.room_again, replica)
 
+    def _send_later(self, alarm: Alarm) -> None:
+        self._send(alarm.subject)
+
     def _send(self, delivery: Delivery) -> None:
         """The next part, one tick after it is ready at the earliest."""
         if delivery.epoch != delivery.job.epoch:
             return
         size_bytes, ready_ps = delivery.parts[0]
         if ready_ps >= self._engine.clock.now_ps:
-            self._engine.clock.at(ready_ps + 1, self._send, delivery)
+            self._engine.clock.at(ready_ps + 1, self._send_later, delivery)
             return
         delivery.parts.popleft()
         delivery.sent_bytes += size_bytes
         path = self._engine.problem.cluster.path(delivery.source.gpus, delivery.target.gpus)
         delivery.flow = self._engine.links.start(path, size_bytes, self._sent, delivery)
 
-    def _sent(self, delivery: Delivery) -> None:
+    def _sent(self, alarm: Alarm) -> None:
+        delivery: Delivery = alarm.subject
         delivery.flow = None
         if delivery.parts:
             self._send(delivery)
@@ -138,10 +148,11 @@ class Moves:
         if overhead_ps:
             self._engine.clock.at(self._engine.clock.now_ps + overhead_ps, self._delivered, delivery)
         else:
-            self._delivered(delivery)
+            self._delivered(alarm)
 
-    def _delivered(self, delivery: Delivery) -> None:
+    def _delivered(self, alarm: Alarm) -> None:
         """The KV is usable at its target; its source forgets it, and the job queues to decode."""
+        delivery: Delivery = alarm.subject
         job, source, target = delivery.job, delivery.source, delivery.target
         if delivery.epoch != job.epoch:
             return
@@ -188,8 +199,9 @@ class Moves:
             source.release(job)
             self._engine.clock.at(self._engine.clock.now_ps + 1, self.room_again, source)
 
-    def room_again(self, replica: ReplicaState) -> None:
+    def room_again(self, alarm: Alarm) -> None:
         """Blocks came free from outside."""
+        replica: ReplicaState = alarm.subject
         if self._engine.by_leg.get(replica.leg) is replica:
             self.make_room(replica)
             self._engine.nudge(replica)

@@ -45,6 +45,8 @@ class Flight:
 
     def under_way(self, now_ps: int) -> int:
         """Index of the iteration in progress: how many boundaries lie strictly before now."""
+        if not self.slope_ps:
+            return max(self.done, min((now_ps - self.start_ps - 1) // self.first_ps, self.iterations - 1))
         low, high = self.done, self.iterations - 1
         while low < high:
             middle = (low + high + 1) // 2
@@ -146,7 +148,8 @@ class ReplicaState:
 
     @property
     def pending_prefill_tokens(self) -> int:
-        self.settle()
+        if self.prefilling:
+            self.settle()
         return self._pending_prefill_tokens
 
     @property
@@ -217,10 +220,9 @@ class ReplicaState:
 
     def settle(self) -> None:
         """Account for the iterations that ended before now in collapsed flights."""
-        now_ps = self._now_ps()
         for flight in self.flights:
             if flight.iterations - flight.done > 1:
-                self.progress(flight, flight.under_way(now_ps), started=True)
+                self.progress(flight, flight.under_way(self._now_ps()), started=True)
 
     def progress(self, flight: Flight, done: int, *, started: bool) -> None:
         """Bring the state to ``done`` completed iterations; ``started``: the next one holds its blocks."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from sim.engine.batch import Draft
 from sim.engine.changes import Changes
-from sim.engine.clock import BOUNDARY, Clock
+from sim.engine.clock import BOUNDARY, Alarm, Clock
 from sim.engine.flight import extend, launch, reoccupy_stages
 from sim.engine.job import Job, block_hashes
 from sim.engine.links import Links
@@ -131,9 +131,9 @@ class Engine:
             job = self._job(request)
             self.clock.at(max(job.arrival_ps, self.clock.now_ps), self._arrive, (job, stream))
 
-    def _arrive(self, subject: tuple[Job, Iterator[Request]]) -> None:
+    def _arrive(self, alarm: Alarm) -> None:
         """This request, and those of the stream that arrive at the same instant."""
-        job, stream = subject
+        job, stream = alarm.subject
         touched: dict[ReplicaState, None] = {}
         following: Request | None = None
         while True:
@@ -219,7 +219,8 @@ class Engine:
         else:
             replica.kick = self.clock.at(self.clock.now_ps, self._kicked, replica, BOUNDARY + replica.number)
 
-    def _kicked(self, replica: ReplicaState) -> None:
+    def _kicked(self, alarm: Alarm) -> None:
+        replica: ReplicaState = alarm.subject
         replica.kick = None
         self._dispatch(replica)
 
@@ -269,9 +270,9 @@ class Engine:
 
     # ------------------------------------------------------------ be computed
 
-    def _boundary(self, subject: tuple[ReplicaState, Flight]) -> None:
+    def _boundary(self, alarm: Alarm) -> None:
         """A flight's last iteration ends."""
-        replica, flight = subject
+        replica, flight = alarm.subject
         now_ps = self.clock.now_ps
         replica.progress(flight, flight.iterations, started=False)
         self._log_flight(replica, flight, now_ps)
@@ -288,7 +289,7 @@ class Engine:
                 self._emit_first(replica, job, now_ps)
         self._dispatch(replica)
         if replica.inbox and (replica.inbox[0].blocks <= replica.ledger.free or replica.only_holds):
-            self.clock.at(now_ps + 1, self.moves.make_room, replica)
+            self.clock.at(now_ps + 1, self.moves.let_in, replica)
         if replica.retiring:
             self.changes.maybe_drained(replica)
 
