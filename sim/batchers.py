@@ -24,8 +24,10 @@ def make_room(batch: Batch, how: Literal["recompute", "swap"] = "recompute") -> 
 
 def welcome(batch: Batch) -> None:
     """Whoever arrived with its KV decodes from now on, while ``max_num_seqs`` allows."""
-    for request in batch.arrived[: max(0, batch.limits.max_num_seqs - batch.num_running)]:
-        batch.welcome(request)
+    arrived = batch.arrived
+    if arrived:
+        for request in arrived[: max(0, batch.limits.max_num_seqs - batch.num_running)]:
+            batch.welcome(request)
 
 
 def refuse_if_full(total_tokens: int, total_blocks: int, keep_blocks: int, limits: Limits) -> str | None:
@@ -106,9 +108,10 @@ class TokenBudget:
         budget = limits.max_num_batched_tokens or 2048
         welcome(batch)
         make_room(batch)
-        late = batch.decoding[budget:] if batch.num_decodes > budget else ()
-        if batch.num_decodes:
-            budget -= batch.num_decodes - len(late)
+        decodes = batch.num_decodes
+        if decodes:
+            late = batch.decoding[budget:] if decodes > budget else ()
+            budget -= decodes - len(late)
             batch.decode(leave_out=late)
         place = 0
         while place < len(unfinished := batch.prefilling):  # it shrinks from its tail when one is preempted
@@ -143,7 +146,9 @@ class TokenBudget:
     def refuse(self, request: RequestView, total_tokens: int, total_blocks: int, limits: Limits) -> str | None:
         budget = limits.max_num_batched_tokens or 2048
         if not self.chunked_prefill and total_tokens > budget:
-            return f"{total_tokens} tokens (all may have to be recomputed at once) exceed max_num_batched_tokens {budget}"
+            return (
+                f"{total_tokens} tokens (all may have to be recomputed at once) exceed max_num_batched_tokens {budget}"
+            )
         return refuse_if_full(total_tokens, total_blocks, 0, limits)
 
 

@@ -151,6 +151,9 @@ class View(Protocol):
         """Replicas that are up and accept requests, in the plan's order."""
 
     def replica(self, name: str) -> ReplicaView: ...
+    def with_role(self, *roles: Role) -> Sequence[ReplicaView]:
+        """Those of ``replicas`` that carry one of these labels."""
+
     def seconds_to_move(self, source: str, target: str, kv_bytes: float) -> float:
         """Uncontended seconds to carry KV from one replica to another."""
 
@@ -181,6 +184,7 @@ class Batch(Protocol):
     @property
     def arrived(self) -> Sequence[RequestView]:
         """Requests whose KV has come from another replica and who do not run yet, first come first."""
+
     @property
     def prefilling(self) -> Sequence[RequestView]:
         """Admitted requests whose prompt is unfinished, in order of admission."""
@@ -217,6 +221,7 @@ class Batch(Protocol):
     @property
     def blocks_to_grow(self) -> int:
         """Blocks that the running decodes need to append one token each (0 once they are in the batch)."""
+
     def last_running(self) -> RequestView | None:
         """The most recently admitted request that could be preempted."""
 
@@ -239,6 +244,7 @@ class Batch(Protocol):
 
     def welcome(self, request: RequestView) -> None:
         """Let an arrived request decode; before ``decode`` is called."""
+
     def prefill(self, request: RequestView, tokens: int) -> bool:
         """Compute the next ``tokens`` of an admitted prompt; ``False`` if blocks are missing."""
 

@@ -106,17 +106,25 @@ class NoteRow(NamedTuple):
     text: str
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Recorder:
-    """Collects rows while the engine runs."""
+    """Collects rows while the engine runs; steps and memory, written most, become rows when they are read."""
 
     requests: list[RequestRow] = field(default_factory=list)
-    steps: list[StepRow] = field(default_factory=list)
     links: list[LinkRow] = field(default_factory=list)
-    memory: list[MemoryRow] = field(default_factory=list)
+    step_fields: list[tuple[Any, ...]] = field(default_factory=list)
+    memory_fields: list[tuple[Any, ...]] = field(default_factory=list)
     replicas: list[ReplicaRow] = field(default_factory=list)
     notes: list[NoteRow] = field(default_factory=list)
     segments: dict[CohortId, Sequence[Segment]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> list[StepRow]:
+        return list(map(StepRow._make, self.step_fields))
+
+    @property
+    def memory(self) -> list[MemoryRow]:
+        return list(map(MemoryRow._make, self.memory_fields))
 
 
 class Result:
@@ -136,11 +144,11 @@ class Result:
     @property
     def segments(self) -> int:
         """Collapsed runs of iterations."""
-        return len(self.rows.steps)
+        return len(self.rows.step_fields)
 
     @property
     def iterations(self) -> int:
-        return sum(step.iterations for step in self.rows.steps)
+        return sum(fields[3] for fields in self.rows.step_fields)
 
     @cached_property
     def makespan_s(self) -> float:

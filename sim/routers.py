@@ -6,14 +6,8 @@ Ties go to the replica that the plan names first, so equal runs stay equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from sim.policy import ReplicaView, RequestView, View
-from sim.types import Reject, Role, Route
-
-
-def with_role(view: View, *roles: Role) -> Sequence[ReplicaView]:
-    return [replica for replica in view.replicas if replica.role in roles]
+from sim.policy import RequestView, View
+from sim.types import Reject, Route
 
 
 class LeastRequests:
@@ -55,7 +49,7 @@ class LeastLoadedPair:
         self._place: dict[int, tuple[str, ...]] = {}
 
     def route(self, request: RequestView, view: View) -> Route | Reject:
-        prefills, decodes = with_role(view, "prefill", "mixed"), with_role(view, "decode", "mixed")
+        prefills, decodes = view.with_role("prefill", "mixed"), view.with_role("decode", "mixed")
         if not prefills or not decodes:
             return Reject(f"no {'prefill' if not prefills else 'decode'} replica is up")
         prefill = min(prefills, key=lambda replica: replica.pending_prefill_tokens)

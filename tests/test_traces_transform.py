@@ -110,8 +110,11 @@ def test_nothing_too_long_passes_and_nothing_is_lost(lengths, max_model_len, rul
         (lambda: clamp_context([], 9, "trunc"), "did you mean 'truncate'"),
         (lambda: with_rate([], 1, arrivals="posson", rng=np.random.default_rng(0)), "did you mean 'poisson'"),
         (lambda: with_rate([], float("nan"), rng=np.random.default_rng(0)), "rate_per_s is nan"),
-        (lambda: with_rate([], 1, arrivals="gamma", rng=np.random.default_rng(0)), "gamma needs cv"),
-        (lambda: with_rate([], 1, cv=2, rng=np.random.default_rng(0)), "the others have none"),
+        (
+            lambda: with_rate([], 1, arrivals="gamma", rng=np.random.default_rng(0)),
+            "arrivals 'gamma' needs cv and got nothing",
+        ),
+        (lambda: with_rate([], 1, cv=2, rng=np.random.default_rng(0)), "arrivals 'poisson' needs nothing and got cv"),
         (lambda: with_rate([], 1, arrivals="gamma", cv=0, rng=np.random.default_rng(0)), "cv is 0"),
     ],
 )

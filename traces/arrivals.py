@@ -1,14 +1,15 @@
 """When requests arrive: endless streams of arrival times, the first at 0.
 
-``ARRIVALS`` maps a name to a process; each is drawn from one generator and depends on nothing else.
+``ARRIVALS`` maps a name to a process; each is drawn from one generator and depends on nothing else. The keyword
+arguments of a process are its settings: it needs all of them, and they are finite numbers > 0.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from itertools import count
-from math import isfinite
-from typing import Any
+from math import isfinite, sqrt
 
 import numpy as np
 
@@ -39,20 +40,59 @@ def gamma(rate_per_s: float, rng: np.random.Generator, *, cv: float) -> Iterator
             time_s += gap
 
 
-ARRIVALS: dict[str, Callable[..., Iterator[float]]] = {"poisson": poisson, "constant": constant, "gamma": gamma}
+def bursts(rate_per_s: float, rng: np.random.Generator, *, on_s: float, off_s: float) -> Iterator[float]:
+    """Poisson for ``on_s`` seconds, nothing for ``off_s``, and again; ``rate_per_s`` is the mean over both."""
+    while_on = poisson(rate_per_s * (on_s + off_s) / on_s, rng)
+    return (time_s + time_s // on_s * off_s for time_s in while_on)
+
+
+def ramp(rate_per_s: float, rng: np.random.Generator, *, start_rate_per_s: float, ramp_s: float) -> Iterator[float]:
+    """Poisson whose rate goes linearly from ``start_rate_per_s`` to ``rate_per_s`` in ``ramp_s``, and stays.
+
+    Times of a unit rate are mapped through the inverse of the expected number of arrivals.
+    """
+    slope = (rate_per_s - start_rate_per_s) / ramp_s
+    during = ramp_s * (start_rate_per_s + rate_per_s) / 2
+
+    def when(expected: float) -> float:
+        if expected >= during:
+            return ramp_s + (expected - during) / rate_per_s
+        return 2 * expected / (start_rate_per_s + sqrt(max(0.0, start_rate_per_s**2 + 2 * slope * expected)))
+
+    return map(when, poisson(1.0, rng))
+
+
+ARRIVALS: dict[str, Callable[..., Iterator[float]]] = {
+    "poisson": poisson,
+    "constant": constant,
+    "gamma": gamma,
+    "bursts": bursts,
+    "ramp": ramp,
+}
 
 
 def arrival_times(
-    arrivals: str, rate_per_s: float, rng: np.random.Generator, *, cv: float | None = None
+    arrivals: str, rate_per_s: float, rng: np.random.Generator, **settings: float | None
 ) -> Iterator[float]:
-    """Seconds of arrival, endless. ``cv`` is for ``gamma``, which needs it. ConfigError for bad settings."""
+    """Seconds of arrival, endless; ``settings`` are the process's own, None counting as absent.
+
+    ConfigError for an unknown process, a setting that is missing, too many or no number > 0.
+    """
     if arrivals not in ARRIVALS:
         raise ConfigError(f"arrivals is '{arrivals}'; {nearest(arrivals, ARRIVALS)}")
     positive("rate_per_s", rate_per_s)
-    if (cv is not None) != (arrivals == "gamma"):
-        raise ConfigError(f"arrivals '{arrivals}' with cv {cv}; gamma needs cv, the others have none")
-    options: dict[str, Any] = {} if cv is None else {"cv": positive("cv", cv)}
-    return ARRIVALS[arrivals](rate_per_s, rng, **options)
+    given = {name: positive(name, value) for name, value in settings.items() if value is not None}
+    needed = settings_of(arrivals)
+    if set(given) != set(needed):
+        has, needs = (", ".join(names) or "nothing" for names in (given, needed))
+        raise ConfigError(f"arrivals '{arrivals}' needs {needs} and got {has}; set just what it needs")
+    return ARRIVALS[arrivals](rate_per_s, rng, **given)
+
+
+def settings_of(arrivals: str) -> tuple[str, ...]:
+    """Names of a process's settings beside its rate."""
+    parameters = inspect.signature(ARRIVALS[arrivals]).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 def positive(name: str, value: float) -> float:

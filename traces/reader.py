@@ -10,7 +10,7 @@ from typing import Any
 
 from sim.types import ConfigError, Request
 from traces.formats import FORMATS, Format, guess_format
-from traces.table import Record, clip, nearest, parquet_rows
+from traces.table import Progress, Record, clip, nearest, parquet_rows
 
 
 class TraceReader:
@@ -19,13 +19,22 @@ class TraceReader:
     ``skipped``: how many requests without input or output tokens the last iteration left out.
     """
 
-    __slots__ = ("format", "limit", "path", "skipped", "sort")
+    __slots__ = ("format", "limit", "path", "progress", "skipped", "sort")
 
-    def __init__(self, path: Path, format: Format, *, limit: int | None = None, sort: bool = False) -> None:  # noqa: A002
+    def __init__(
+        self,
+        path: Path,
+        format: Format,  # noqa: A002
+        *,
+        limit: int | None = None,
+        sort: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
         self.path = path
         self.format = format
         self.limit = limit
         self.sort = sort
+        self.progress = progress
         self.skipped = 0
 
     def __iter__(self) -> Iterator[Request]:
@@ -62,7 +71,7 @@ class TraceReader:
     def _usable(self) -> Iterator[tuple[int, Record]]:
         rows = parquet_rows if self.path.suffix == ".parquet" else self.format.rows
         foreign, block_tokens = self.format.foreign, self.format.block_tokens
-        for line, record in rows(self.path, self.format.columns):
+        for line, record in rows(self.path, self.format.columns, self.progress):
             if foreign and not (record["input_tokens"] and record["output_tokens"]):
                 self.skipped += 1
                 continue
@@ -79,13 +88,15 @@ def read(
     *,
     limit: int | None = None,
     sort: bool = False,
+    progress: Progress | None = None,
     **options: Any,
 ) -> TraceReader:
     """Opens a trace. ``format``: a name in ``FORMATS``, guessed if None; ``options`` are that format's.
 
     ``limit``: the first so many requests only. ``sort``: hold the whole file in memory and order it by
-    arrival; without it a file that is not in order is an error. Errors (ConfigError): here for an
-    unknown format or option, while iterating for the file's content, naming file, line, field and value.
+    arrival; without it a file that is not in order is an error. ``progress``: called while iterating
+    with the bytes read and the file's size. Errors (ConfigError): here for an unknown format or option, while
+    iterating for the file's content, naming file, line, field and value.
     """
     path = Path(path)
     name = guess_format(path) if format is None else format
@@ -99,4 +110,4 @@ def read(
             raise ConfigError(
                 f"{path}: format {name} has no option '{option}'; {nearest(option, known) if known else 'it has none'}"
             )
-    return TraceReader(path, FORMATS[name](**options), limit=limit, sort=sort)
+    return TraceReader(path, FORMATS[name](**options), limit=limit, sort=sort, progress=progress)

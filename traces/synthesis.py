@@ -128,11 +128,11 @@ def generate(
     input: Lengths,  # noqa: A002
     output: Lengths,
     arrivals: str = "poisson",
-    cv: float | None = None,
     rank_correlation: float = 0.0,
     seed: int = 0,
+    **settings: float | None,
 ) -> Iterator[Request]:
-    """``count`` requests with drawn arrivals (see ``traces.arrivals``) and lengths.
+    """``count`` requests with drawn arrivals (by ``traces.arrivals``, with its ``settings``) and lengths.
 
     ``rank_correlation``: Spearman's, of input and output tokens, by a Gaussian copula. The first
     requests do not depend on ``count``. ConfigError for settings out of range.
@@ -141,7 +141,7 @@ def generate(
     if not -1 <= rank_correlation <= 1:
         raise ConfigError(f"rank_correlation is {rank_correlation}; expected -1 to 1")
     arrivals_rng, lengths_rng = _streams(seed)
-    times = arrival_times(arrivals, rate_per_s, arrivals_rng, cv=cv)
+    times = arrival_times(arrivals, rate_per_s, arrivals_rng, **settings)
     pairs = _pairs(count, input, output, rank_correlation, lengths_rng)
     return (
         Request(id=number, arrival_s=time, input_tokens=pair[0], output_tokens=pair[1])
@@ -155,8 +155,8 @@ def resample(
     rate_per_s: float,
     *,
     arrivals: str = "poisson",
-    cv: float | None = None,
     seed: int = 0,
+    **settings: float | None,
 ) -> Iterator[Request]:
     """``count`` requests drawn from a trace with replacement, each whole: its input and output stay together.
 
@@ -167,7 +167,7 @@ def resample(
     if not sample:
         raise ConfigError("cannot resample a trace without requests")
     arrivals_rng, lengths_rng = _streams(seed)
-    times = arrival_times(arrivals, rate_per_s, arrivals_rng, cv=cv)
+    times = arrival_times(arrivals, rate_per_s, arrivals_rng, **settings)
     drawn = (sample[int(lengths_rng.random() * len(sample))] for _ in range(count))
     numbered = enumerate(zip(drawn, times, strict=False))
     return (replace(request, id=number, arrival_s=time) for number, (request, time) in numbered)

@@ -2,12 +2,14 @@
 
 A ``Column`` says where one field of a record is found and how its text is read; ``csv_rows``,
 ``jsonl_rows`` and ``parquet_rows`` yield ``(line, record)`` with memory for one line (Parquet: one row
-group). Nothing here knows what a request is: trace formats and event files share it.
+group), and tell a ``Progress`` how far they are. Nothing here knows what a request is: trace formats and event
+files share it.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +17,15 @@ from difflib import get_close_matches
 from math import isfinite
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from sim.types import ConfigError
 
 Record = dict[str, Any]
-Rows = Callable[[Path, Sequence["Column"]], Iterator[tuple[int, Record]]]
+Progress = Callable[[int, int], object]
+"""Called with the bytes done so far, and the bytes there are."""
 
+READ_BYTES = 2**20  # read at once where somebody watches the progress
 LONGEST_CELL = 2**26  # Python's csv module stops at 131,072 characters: too few for a long prompt's hashes
 
 
@@ -38,10 +42,18 @@ class Column(NamedTuple):
     required: bool = True
 
 
-def csv_rows(path: Path, columns: Sequence[Column]) -> Iterator[tuple[int, Record]]:
+class Rows(Protocol):
+    """How the records of one kind of file are read: ``(line, record)``, in the file's order."""
+
+    def __call__(
+        self, path: Path, columns: Sequence[Column], progress: Progress | None = None, /
+    ) -> Iterator[tuple[int, Record]]: ...
+
+
+def csv_rows(path: Path, columns: Sequence[Column], progress: Progress | None = None) -> Iterator[tuple[int, Record]]:
     """Records of a comma-separated file with a header line; blank lines are passed over."""
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
-    with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
+    with reading(path), open_text(path, progress, newline="") as file:
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]
         present = present_columns(path, columns, header)
@@ -56,28 +68,57 @@ def csv_rows(path: Path, columns: Sequence[Column]) -> Iterator[tuple[int, Recor
                 )
 
 
-def jsonl_rows(path: Path, columns: Sequence[Column]) -> Iterator[tuple[int, Record]]:
+def jsonl_rows(path: Path, columns: Sequence[Column], progress: Progress | None = None) -> Iterator[tuple[int, Record]]:
     """Records of a file with one JSON object a line; blank lines are passed over."""
     names = [column.name for column in columns]
-    with reading(path), path.open(encoding="utf-8-sig") as file:
+    with reading(path), open_text(path, progress) as file:
         for line, text in enumerate(file, start=1):
             if text.strip():
                 found = json_object(path, line, text)
                 yield line, _record(path, line, columns, [found.get(name) for name in names])
 
 
-def parquet_rows(path: Path, columns: Sequence[Column]) -> Iterator[tuple[int, Record]]:
-    """Records of a Parquet file, read by row groups; the line is the row's number from 1."""
+def parquet_rows(
+    path: Path, columns: Sequence[Column], progress: Progress | None = None
+) -> Iterator[tuple[int, Record]]:
+    """Records of a Parquet file, read by row groups; the line is the row's number from 1.
+
+    Its bytes are not read in order: progress is the share of the rows.
+    """
     import pyarrow.parquet as pq
 
     with reading(path), pq.ParquetFile(path) as file:
         present = present_columns(path, columns, file.schema_arrow.names)
         names = [column.name for column in present]
-        line = 0
+        line, rows, size = 0, file.metadata.num_rows, path.stat().st_size
         for batch in file.iter_batches(batch_size=8192, columns=names):
             for cells in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
                 line += 1
                 yield line, _record(path, line, present, cells)
+            if progress is not None:
+                progress(size * line // rows, size)
+
+
+def open_text(path: Path, progress: Progress | None, newline: str | None = None) -> TextIO:
+    """A text file, a byte-order mark ignored; ``progress`` is told of every ``READ_BYTES``."""
+    if progress is None:
+        return path.open(newline=newline, encoding="utf-8-sig")
+    watched = io.BufferedReader(_Watched(path, progress), READ_BYTES)
+    return io.TextIOWrapper(watched, newline=newline, encoding="utf-8-sig")
+
+
+class _Watched(io.FileIO):
+    """A file that tells how much of it has been read."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        super().__init__(path)
+        self.progress, self.done, self.size = progress, 0, path.stat().st_size
+
+    def readinto(self, buffer: Any) -> int | None:
+        read = super().readinto(buffer)
+        self.done += read or 0
+        self.progress(self.done, self.size)
+        return read
 
 
 def json_object(path: Path, line: int, text: str) -> Record:

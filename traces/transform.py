@@ -53,11 +53,15 @@ def with_rate(
     *,
     rng: np.random.Generator,
     arrivals: str = "poisson",
-    cv: float | None = None,
+    **settings: float | None,
 ) -> Iterator[Request]:
-    """New arrivals at a given mean rate, the first at 0; lengths and order stay. See ``traces.arrivals``."""
-    times = arrival_times(arrivals, rate_per_s, rng, cv=cv)
-    return renumber(replace(request, arrival_s=time) for request, time in zip(requests, times, strict=False))
+    """New arrivals at a given rate, the first at 0; lengths and order stay.
+
+    ``arrivals`` and its ``settings`` (such as ``cv``): see ``traces.arrivals``.
+    """
+    times = arrival_times(arrivals, rate_per_s, rng, **settings)
+    numbered = enumerate(zip(requests, times, strict=False))
+    return (replace(request, id=number, arrival_s=time) for number, (request, time) in numbered)
 
 
 def renumber(requests: Iterable[Request]) -> Iterator[Request]:

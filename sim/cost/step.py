@@ -96,21 +96,28 @@ class Composed:
         return Line(fixed_ps + attention[0], attention[1], attention[2], beyond or attention[3])
 
     def _mixed(self, work: Work) -> Line:
-        chunks = [chunk for chunk in work.chunks if chunk[0]]
-        seqs = work.decode_seqs + len(chunks)
-        if not seqs:
+        chunks, seqs, context = work
+        total, sequences = seqs, seqs
+        first, slope, iterations, beyond = 0, 0, UNBOUNDED, False
+        for tokens, before in chunks:
+            if tokens:
+                total += tokens
+                sequences += 1
+                value_ps, slope_ps, until, outside = self._chunk(tokens).segment(before, tokens)
+                first += value_ps
+                slope += slope_ps
+                iterations = until if until < iterations else iterations
+                beyond |= outside
+        if not sequences:
             return Line(0, 0, UNBOUNDED)
-        first, beyond = self._fixed(work.tokens, seqs)
-        segments = [self._chunk(tokens).segment(context, tokens) for tokens, context in chunks]
-        if work.decode_seqs:
-            segments.append(self._decode(work.decode_seqs).segment(work.decode_context, work.decode_seqs))
-        slope, iterations = 0, UNBOUNDED
-        for segment in segments:
-            first += segment.value_ps
-            slope += segment.slope_ps
-            iterations = min(iterations, segment.iterations)
-            beyond |= segment.extrapolated
-        return Line(first, slope, iterations, beyond)
+        if seqs:
+            value_ps, slope_ps, until, outside = self._decode(seqs).segment(context, seqs)
+            first += value_ps
+            slope += slope_ps
+            iterations = until if until < iterations else iterations
+            beyond |= outside
+        fixed_ps, outside = self._fixed(total, sequences)
+        return Line(first + fixed_ps, slope, iterations, beyond or outside)
 
     def _price_fixed(self, tokens: int, seqs: int) -> tuple[int, bool]:
         operators = self.operators

@@ -32,7 +32,7 @@ class Draft:
         self.preempted = 0
         self.swap_blocks = 0
         self.most_iterations: int | None = None
-        if replica.idle is not None:
+        if replica.idle is not None and replica.idle.reserves:
             replica.idle.end_reserves()
 
     # ------------------------------------------------------------ reads
@@ -43,6 +43,9 @@ class Draft:
 
     @property
     def waiting(self) -> Iterator[Job]:
+        return self._waiting() if self.replica.waiting else iter(())
+
+    def _waiting(self) -> Iterator[Job]:
         queue = self.replica.waiting
         while queue:
             head = next(iter(queue))
@@ -53,7 +56,8 @@ class Draft:
 
     @property
     def arrived(self) -> Sequence[Job]:
-        return tuple(self.replica.arrived)
+        arrived = self.replica.arrived
+        return tuple(arrived) if arrived else ()
 
     @property
     def prefilling(self) -> Sequence[Job]:
@@ -101,8 +105,8 @@ class Draft:
             return 0
         idle = self.replica.idle
         need = idle.growth(1) if idle is not None else 0
-        for job in self.replica.paused:
-            need += self._growth(job)
+        if self.replica.paused:
+            need += sum(self._growth(job) for job in self.replica.paused)
         return need
 
     def last_running(self) -> Job | None:

@@ -8,7 +8,9 @@ elsewhere happens one tick later at the earliest.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from heapq import heappush
 from typing import Any
 
 import simpy
@@ -45,12 +47,11 @@ class Clock:
     def now_ps(self) -> int:
         return self._env._now  # type: ignore[return-value]
 
-    def at(
-        self, at_ps: int, call: Callable[[Alarm], None], subject: Any = None, priority: int = OUTSIDE
-    ) -> Alarm:
+    def at(self, at_ps: int, call: Callable[[Alarm], None], subject: Any = None, priority: int = OUTSIDE) -> Alarm:
         env = self._env
         alarm = Alarm(env, call, subject)
-        env.schedule(alarm, priority, at_ps - env._now)  # type: ignore[arg-type]
+        # what env.schedule does, with the time itself instead of a delay to be added to now
+        heappush(env._queue, (at_ps, priority, next(env._eid), alarm))  # type: ignore[misc]
         self.events += 1
         return alarm
 
@@ -59,8 +60,18 @@ class Clock:
         return self._env.peek() > self._env._now
 
     def run(self, until_ps: int | None = None) -> None:
-        """Run until no alarm is left, or up to (and without) ``until_ps``."""
-        if until_ps is None:
-            self._env.run()
-        elif until_ps > self._env._now:
-            self._env.run(until=until_ps)
+        """Run until no alarm is left, or up to (and without) ``until_ps``.
+
+        The cyclic garbage collector pauses meanwhile: a run makes millions of long-lived rows and next to no cycles,
+        and looking through them again and again costs a fifth of its time.
+        """
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            if until_ps is None:
+                self._env.run()
+            elif until_ps > self._env._now:
+                self._env.run(until=until_ps)
+        finally:
+            if collecting:
+                gc.enable()

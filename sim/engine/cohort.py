@@ -16,7 +16,7 @@ from sim.record import CohortId, Segment
 class Cohort:
     """``it`` counts the iterations this cohort has completed since it was made."""
 
-    __slots__ = ("_bases", "_finishing", "_order", "_reserves", "block_size", "context", "id", "it", "log", "size")
+    __slots__ = ("_bases", "_finishing", "_order", "block_size", "context", "id", "it", "log", "reserves", "size")
 
     def __init__(self, name: CohortId, block_size: int) -> None:
         self.id = name
@@ -26,7 +26,7 @@ class Cohort:
         self.context = 0  # sum over members of KV tokens + 1: what attention reads, the new token included
         self._bases = [0] * block_size  # members that grow, by base modulo the block size
         self._finishing: list[tuple[int, int, Job]] = []
-        self._reserves: list[tuple[int, int, Job]] = []  # when a member outgrows the blocks it reserved
+        self.reserves: list[tuple[int, int, Job]] = []  # when a member outgrows the blocks it reserved
         self._order = 0
         self.log: list[Segment] = []
 
@@ -45,7 +45,7 @@ class Cohort:
         spare = job.held_blocks * self.block_size - kv
         job.reserved = spare >= self.block_size
         if job.reserved:
-            heappush(self._reserves, (self.it + spare, job.seat, job))
+            heappush(self.reserves, (self.it + spare, job.seat, job))
         else:
             self._bases[job.base % self.block_size] += 1
         heappush(self._finishing, (self.it + job.tokens_left, self._order, job))
@@ -95,7 +95,7 @@ class Cohort:
         """Iterations until a member finishes or outgrows its reservation (the cohort must not be empty)."""
         first = self._next(self._finishing)
         assert first is not None
-        reserve = self._next(self._reserves)
+        reserve = self._next(self.reserves) if self.reserves else None
         return (first if reserve is None or first < reserve else reserve) - self.it
 
     def _next(self, queue: list[tuple[int, int, Job]]) -> int | None:
@@ -108,8 +108,8 @@ class Cohort:
 
     def end_reserves(self) -> None:
         """Members whose reservation is used up grow block by block from now on."""
-        while self._reserves and self._next(self._reserves) == self.it:
-            _, _, job = heappop(self._reserves)
+        while self.reserves and self._next(self.reserves) == self.it:
+            _, _, job = heappop(self.reserves)
             job.reserved = False
             self._bases[job.base % self.block_size] += 1
 

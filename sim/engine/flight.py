@@ -6,8 +6,6 @@ from sim.engine.batch import Draft
 from sim.engine.replica import Flight, ReplicaState
 from sim.types import Line, Work
 
-MANY = 1 << 30
-
 
 def launch(replica: ReplicaState, draft: Draft, now_ps: int, extra_ps: int) -> tuple[Flight, bool]:
     """Put the draft on its way as one iteration; also whether it used a shape outside the measured range.
@@ -15,36 +13,32 @@ def launch(replica: ReplicaState, draft: Draft, now_ps: int, extra_ps: int) -> t
     A micro-batch passes the stages in order, waits where an earlier one still computes, and hops to the next
     stage over the link between them. ``extra_ps`` (swapping) delays its start.
     """
-    cohort = draft.cohort if draft.cohort is not None and draft.cohort.size else None
-    if cohort is not None:
+    cohort = draft.cohort
+    seqs = context = 0
+    if cohort is not None and cohort.size:
         replica.idle = None
-    for job, _ in draft.chunks:
+        seqs, context = cohort.size, cohort.context
+    else:
+        cohort = None
+    chunks = draft.chunks
+    for job, _ in chunks:
         job.in_flight = True
         if job.first_scheduled_ps is None:
             job.first_scheduled_ps = now_ps
-    work = Work(
-        tuple([(tokens, job.computed_tokens) for job, tokens in draft.chunks]),
-        cohort.size if cohort is not None else 0,
-        cohort.context if cohort is not None else 0,
-    )
+    work = Work(tuple([(tokens, job.computed_tokens) for job, tokens in chunks]) if chunks else (), seqs, context)
     if replica.lanes == 1:
         line = replica.costs[0].line(work)
         stage_lines: tuple[Line, ...] = (line,)
     else:
         line, stage_lines = _through_stages(replica, work, now_ps + extra_ps)
-    flight = Flight(
-        cohort=cohort,
-        chunks=draft.chunks,
-        start_ps=now_ps,
-        first_ps=line.first_ps + extra_ps,
-        slope_ps=line.slope_ps,
-        iterations=1,
-        decode_context=work.decode_context,
-        stage_lines=stage_lines,
-        longest=1 if extra_ps or draft.preempted else min(line.iterations, draft.most_iterations or MANY),
-    )
+    first_ps, slope_ps, longest, outside = line
+    if extra_ps or draft.preempted:
+        longest = 1
+    elif draft.most_iterations is not None:
+        longest = min(longest, draft.most_iterations)
+    flight = Flight(cohort, chunks, now_ps, first_ps + extra_ps, slope_ps, 1, context, stage_lines, longest)
     replica.flights.append(flight)
-    return flight, line.extrapolated
+    return flight, outside
 
 
 def _through_stages(replica: ReplicaState, work: Work, start_ps: int) -> tuple[Line, tuple[Line, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 from sim.cluster import Cluster, Path
@@ -36,11 +36,8 @@ class Links:
     def __init__(self, clock: Clock, cluster: Cluster) -> None:
         self._clock = clock
         self._nominal = cluster.capacity_bytes_per_s
-        self._factor: dict[str, float] = {}
-        self._on: dict[str, dict[Flow, float]] = {}
-
-    def capacity(self, resource: str) -> float:
-        return self._nominal[resource] * self._factor.get(resource, 1.0)
+        self._capacity = dict(self._nominal)
+        self._on: dict[str, dict[Flow, float]] = {resource: {} for resource in self._nominal}
 
     def start(self, path: Path, size_bytes: float, done: Callable[[Alarm], None], subject: Any = None) -> Flow:
         """Send bytes along a path from now on; at least one tick passes until ``done``."""
@@ -50,13 +47,17 @@ class Links:
             flow.alarm = self._clock.at(now_ps + max(1, flow.latency_ps), done, subject)
             return flow
         shared = False
+        alone_bytes_per_s = inf
         for resource, fraction in flow.usage:
-            users = self._on.get(resource)
-            if users is None:
-                users = self._on[resource] = {}
-            shared |= bool(users)
+            users = self._on[resource]
+            if users:
+                shared = True
             users[flow] = fraction
-        self._share(self._touching([flow]) if shared else {flow: None})
+            alone_bytes_per_s = min(alone_bytes_per_s, self._capacity[resource] / fraction)
+        if shared:
+            self._share(self._touching([flow]))
+        else:
+            self._set_rate(flow, alone_bytes_per_s)
         return flow
 
     def cancel(self, flow: Flow) -> None:
@@ -66,17 +67,18 @@ class Links:
 
     def scale(self, resource: str, factor: float) -> None:
         """Set a resource's bandwidth to a multiple of its nominal one; 0 cuts it."""
-        self._factor[resource] = factor
-        self._share(self._touching(list(self._on.get(resource, {}))))
+        self._capacity[resource] = self._nominal[resource] * factor
+        self._share(self._touching(list(self._on[resource])))
 
     # ------------------------------------------------------------ inside
 
     def _remove(self, flow: Flow) -> None:
         beside: dict[Flow, None] = {}
         for resource, _ in flow.usage:
-            users = self._on.get(resource, {})
+            users = self._on[resource]
             users.pop(flow, None)
-            beside.update(dict.fromkeys(users))
+            if users:
+                beside.update(dict.fromkeys(users))
         if beside:
             self._share(self._touching(list(beside)))
 
@@ -91,35 +93,34 @@ class Links:
         todo = list(flows)
         while todo:
             for resource, _ in todo.pop().usage:
-                for other in self._on.get(resource, ()):
+                for other in self._on[resource]:
                     if other not in found:
                         found[other] = None
                         todo.append(other)
         return found
 
     def _share(self, flows: dict[Flow, None]) -> None:
-        now_ps = self._clock.now_ps
         for flow, bytes_per_s in self._fair(flows).items():
-            if bytes_per_s == flow.bytes_per_s:
-                continue
-            flow.left_bytes -= flow.bytes_per_s * (now_ps - flow.since_ps) / PS_PER_S
-            flow.since_ps = now_ps
-            flow.bytes_per_s = bytes_per_s
-            if flow.alarm is not None:
-                flow.alarm.cancel()
-            flow.alarm = None
-            if bytes_per_s > 0:
-                last_ps = now_ps + max(1, ceil(max(0.0, flow.left_bytes) / bytes_per_s * PS_PER_S))
-                flow.alarm = self._clock.at(last_ps, self._sent, flow)
+            if bytes_per_s != flow.bytes_per_s:
+                self._set_rate(flow, bytes_per_s)
+
+    def _set_rate(self, flow: Flow, bytes_per_s: float) -> None:
+        now_ps = self._clock.now_ps
+        flow.left_bytes -= flow.bytes_per_s * (now_ps - flow.since_ps) / PS_PER_S
+        flow.since_ps = now_ps
+        flow.bytes_per_s = bytes_per_s
+        if flow.alarm is not None:
+            flow.alarm.cancel()
+        flow.alarm = None
+        if bytes_per_s > 0:
+            last_ps = now_ps + max(1, ceil(max(0.0, flow.left_bytes) / bytes_per_s * PS_PER_S))
+            flow.alarm = self._clock.at(last_ps, self._sent, flow)
 
     def _fair(self, flows: dict[Flow, None]) -> dict[Flow, float]:
         """Progressive filling: raise all rates together, freeze those that meet a full resource."""
-        if len(flows) == 1:
-            (flow,) = flows
-            return {flow: min([self.capacity(resource) / fraction for resource, fraction in flow.usage])}
         rates: dict[Flow, float] = {}
         open_flows = dict(flows)
-        resources = {resource: self.capacity(resource) for flow in flows for resource, _ in flow.usage}
+        resources = {resource: self._capacity[resource] for flow in flows for resource, _ in flow.usage}
         while open_flows:
             level, full = float("inf"), ""
             for resource, left in resources.items():

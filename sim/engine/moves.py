@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from sim.cluster import Path
 from sim.engine.clock import Alarm
 from sim.engine.flight import blocks_to_come
 from sim.engine.job import Job
@@ -26,12 +27,19 @@ class Moves:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._kv_bytes_per_token = engine.problem.model.kv_bytes_per_token()
+        self._paths: dict[tuple[int, int], Path] = {}
         self.under_way: dict[Job, Delivery] = {}
 
-    def leave_early(self, replica: ReplicaState, flight: Flight, job: Job, tokens: int) -> None:
+    def _path(self, source: ReplicaState, target: ReplicaState) -> Path:
+        key = (source.number, target.number)
+        if key not in self._paths:
+            self._paths[key] = self._engine.problem.cluster.path(source.gpus, target.gpus)
+        return self._paths[key]
+
+    def leave_early(self, replica: ReplicaState, flight: Flight, job: Job) -> None:
         """KV of the first layers may leave while the last ones of the final chunk are computed."""
-        if job.route is None or job.route.decode == replica.leg or job.remaining_tokens != tokens:
-            return
+        assert job.route is not None
         if job.tokens_left == 1 or self._engine.transfer.pull or job.route.decode not in self._engine.by_leg:
             return
         delivery = self._delivery(replica, job, job.target_tokens, flight.start_ps, flight.boundary_ps(1))
@@ -53,19 +61,21 @@ class Moves:
         delivery = self._delivery(replica, job, job.computed_tokens, now_ps, now_ps)
         ask_ps = now_ps + 1
         if self._engine.transfer.pull:
-            ask_ps += to_ps(self._engine.problem.cluster.path(replica.gpus, delivery.target.gpus).latency_s)
+            ask_ps += to_ps(self._path(replica, delivery.target).latency_s)
         self._engine.clock.at(ask_ps, self._ask_for_room, delivery)
 
     def _delivery(self, replica: ReplicaState, job: Job, tokens: int, start_ps: int, end_ps: int) -> Delivery:
         assert job.route is not None
         target = self._engine.by_leg[job.route.decode]
-        kv_bytes = round(tokens * self._engine.problem.model.kv_bytes_per_token())
+        kv_bytes = tokens * self._kv_bytes_per_token
         move = Move(job.id, tokens, kv_bytes, self._engine.problem.model.num_layers, replica.name, target.name)
         parts = deque(
-            (chunk.share * kv_bytes, start_ps + round(chunk.ready * (end_ps - start_ps)))
-            for chunk in self._engine.transfer.chunks(move, self._engine.view)
+            [
+                (share * kv_bytes, start_ps + round(ready * (end_ps - start_ps)))
+                for share, ready in self._engine.transfer.chunks(move, self._engine.view)
+            ]
         )
-        if parts[-1][1] != end_ps or abs(sum(size for size, _ in parts)) > kv_bytes * (1 + 1e-9):
+        if parts[-1][1] != end_ps or sum([size for size, _ in parts]) > kv_bytes * (1 + 1e-9):
             policy = type(self._engine.transfer).__name__
             raise PolicyError(
                 f"{policy} sends {job} in parts {parts}; the last must be ready at the end, their shares add up to <= 1"
@@ -135,7 +145,7 @@ class Moves:
             return
         delivery.parts.popleft()
         delivery.sent_bytes += size_bytes
-        path = self._engine.problem.cluster.path(delivery.source.gpus, delivery.target.gpus)
+        path = self._path(delivery.source, delivery.target)
         delivery.flow = self._engine.links.start(path, size_bytes, self._sent, delivery)
 
     def _sent(self, alarm: Alarm) -> None:

@@ -25,8 +25,9 @@ from sim.engine.replica import Flight, ReplicaState
 from sim.engine.setup import build_replica, check_plan
 from sim.engine.view import SystemView
 from sim.policy import Predictor, Problem, Source, System
-from sim.record import MemoryRow, Recorder, ReplicaRow, RequestRow, Result, StepRow
+from sim.record import Recorder, ReplicaRow, RequestRow, Result
 from sim.types import (
+    PS_PER_S,
     ClusterEvent,
     Outcome,
     Plan,
@@ -241,28 +242,35 @@ class Engine:
         now_ps = self.clock.now_ps
         launched: list[Flight] = []
         while len(replica.flights) < replica.lanes:
-            draft = Draft(replica, now_ps / 1e12)
-            if replica.waiting or replica.running or replica.arrived or replica.swapped:
-                replica.batcher.fill(draft)
+            if not (replica.waiting or replica.running or replica.arrived or replica.swapped):
+                break
+            draft = Draft(replica, now_ps / PS_PER_S)
+            replica.batcher.fill(draft)
             if draft.empty:
                 break
-            flight, outside = launch(replica, draft, now_ps, self._swap_ps(replica, draft))
+            flight, outside = launch(replica, draft, now_ps, self._swap_ps(replica, draft) if draft.swap_blocks else 0)
             self.iterations_outside += outside
             launched.append(flight)
             ledger = replica.ledger
-            self.rows.memory.append(
-                MemoryRow(replica.name, now_ps, ledger.used, ledger.total, len(replica.waiting), len(replica.running))
+            self.rows.memory_fields.append(
+                (
+                    replica.name,
+                    now_ps,
+                    ledger.total - ledger.free,
+                    ledger.total,
+                    replica.num_waiting,
+                    len(replica.running),
+                )
             )
         if not self.step_by_step and len(launched) == 1 == len(replica.flights):
             extend(replica, launched[0])
         for flight in launched:
             self._arm(replica, flight)
             for job, tokens in flight.chunks:
-                self.moves.leave_early(replica, flight, job, tokens)
+                if job.remaining_tokens == tokens and job.route.decode != replica.leg:  # type: ignore[union-attr]
+                    self.moves.leave_early(replica, flight, job)
 
     def _swap_ps(self, replica: ReplicaState, draft: Draft) -> int:
-        if not draft.swap_blocks:
-            return 0
         tokens = draft.swap_blocks * replica.block_size
         path = self.problem.cluster.load_path(replica.gpus)
         kv_bytes = tokens * self.problem.model.kv_bytes_per_token()
@@ -311,16 +319,10 @@ class Engine:
             cohort.log.append((cohort.it - count, flight.start_ps, count, flight.first_ps, flight.slope_ps))
         for number, line in enumerate(flight.stage_lines):
             replica.stage_busy_ps[number] += count * line.first_ps + line.slope_ps * (count * (count - 1) // 2)
-        self.rows.steps.append(
-            StepRow(
-                replica.name,
-                flight.start_ps,
-                now_ps,
-                count,
-                sum([tokens for _, tokens in flight.chunks]),
-                cohort.size if cohort is not None else 0,
-                flight.decode_context,
-            )
+        prefill_tokens = sum([tokens for _, tokens in flight.chunks]) if flight.chunks else 0
+        decode_seqs = cohort.size if cohort is not None else 0
+        self.rows.step_fields.append(
+            (replica.name, flight.start_ps, now_ps, count, prefill_tokens, decode_seqs, flight.decode_context)
         )
 
     def _emit_first(self, replica: ReplicaState, job: Job, now_ps: int) -> None:

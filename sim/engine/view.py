@@ -8,7 +8,7 @@ import numpy as np
 
 from sim.engine.replica import ReplicaState
 from sim.policy import Problem
-from sim.types import Plan, PolicyError, to_s
+from sim.types import Plan, PolicyError, Role, to_s
 
 
 class SystemView:
@@ -21,12 +21,19 @@ class SystemView:
         self.rng = rng
         self._now_ps = now_ps
         self._by_name: dict[str, ReplicaState] = {}
+        self._by_role: dict[tuple[Role, ...], Sequence[ReplicaState]] = {}
 
     def show(self, plan: Plan, replicas: Sequence[ReplicaState]) -> None:
         """The engine's word on what is up now."""
         self.plan = plan
         self.replicas = tuple(replicas)
         self._by_name = {replica.name: replica for replica in replicas}
+        self._by_role = {}
+
+    def with_role(self, *roles: Role) -> Sequence[ReplicaState]:
+        if roles not in self._by_role:
+            self._by_role[roles] = tuple(replica for replica in self.replicas if replica.role in roles)
+        return self._by_role[roles]
 
     @property
     def now_s(self) -> float:
