@@ -50,6 +50,7 @@ class _OperatorsFile(_Part):
     collective: _TableFile | None = None
     attention_prefill: _GridFile | None = None
     attention_decode: _GridFile | None = None
+    attention_mixed: _GridFile | None = None
     overhead_s: Seconds | None = None
 
 
@@ -168,6 +169,7 @@ def _entry(number: int, entry: _EntryFile) -> ProfileEntry:
         "collective": Table,
         "attention_prefill": Grid,
         "attention_decode": Grid,
+        "attention_mixed": Grid,
     }
     operators: dict[str, Any] = {"overhead_s": entry.operators.overhead_s}
     for name, kind in kinds.items():

@@ -48,7 +48,9 @@ def measure(trace: Path | None, rate_per_s: float, step_by_step: bool) -> dict[s
         ),
         model=replace(model("llama-2-70b"), max_position_embeddings=16384),  # the trace is longer than 4096
         cost=Fitted(profiles=(profile,), fallback=Roofline()),
-        workload=Workload(rate_per_s=rate_per_s, lengths=tuple((r.input_tokens, r.output_tokens) for r in requests[:500])),
+        workload=Workload(
+            rate_per_s=rate_per_s, lengths=tuple((r.input_tokens, r.output_tokens) for r in requests[:500])
+        ),
     )
     pools = {"prefill": {"replicas": 4, "tp": 4}, "decode": {"replicas": 4, "tp": 4}}
     system = SYSTEMS["vllm"](**pools)
@@ -68,7 +70,8 @@ def measure(trace: Path | None, rate_per_s: float, step_by_step: bool) -> dict[s
         "iterations_per_request": result.iterations / len(requests),
         "segments_per_request": result.segments / len(requests),
         "events_per_request": result.events / len(requests),
-        "mean_decode_batch": sum(s.decode_seqs * s.iterations for s in decode_steps) / sum(s.iterations for s in decode_steps),
+        "mean_decode_batch": sum(s.decode_seqs * s.iterations for s in decode_steps)
+        / sum(s.iterations for s in decode_steps),
         "preemptions": summary["preemptions"],
         "p99_ttft_s": summary["ttft_s"]["p99"],
         "p99_tpot_s": summary["tpot_s"]["p99"],
@@ -91,7 +94,9 @@ def in_own_process(trace: Path | None, rate_per_s: float, step_by_step: bool) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("trace", nargs="?", type=Path, help="Azure conversation CSV; default: resampled from the shipped sample")
+    parser.add_argument(
+        "trace", nargs="?", type=Path, help="Azure conversation CSV; default: resampled from the shipped sample"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="runs per cell; the fastest counts (default 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--one", type=float, metavar="RATE", help="one run at this rate in this process, as JSON")
@@ -107,7 +112,10 @@ def main() -> None:
             table[f"{load}, {mode}"] = min(runs, key=lambda row: row["process_s"])
     for load in LOADS:
         fast, slow = table[f"{load}, collapsed"], table[f"{load}, step by step"]
-        table[f"{load}, ratio"] = {"engine": slow["engine_s"] / fast["engine_s"], "process": slow["process_s"] / fast["process_s"]}
+        table[f"{load}, ratio"] = {
+            "engine": slow["engine_s"] / fast["engine_s"],
+            "process": slow["process_s"] / fast["process_s"],
+        }
     if arguments.json:
         print(json.dumps(table, indent=2))
         return

@@ -118,12 +118,10 @@ def plot(
     ] = None,
     from_s: Annotated[float | None, typer.Option("--from", help="start of the timelines (s)")] = None,
     to_s: Annotated[float | None, typer.Option("--to", help="end of the timelines (s)")] = None,
-    quiet: Quiet = False,
 ) -> None:
     """Draw every figure of a run or a comparison (PNG, SVG, CSV) and print their paths."""
     from experiments.comparison import draw
 
-    del quiet
     for path in draw(run_dir, out, from_s, to_s):
         print(path)
 

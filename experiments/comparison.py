@@ -61,7 +61,7 @@ def save_comparison(folder: Path, title: str, chosen: Mapping[str, Scenario], ru
         for label, run in runs.items():
             new.joinpath(_folder_name(label)).mkdir()
             write_run_files(new / _folder_name(label), run, chosen[label].to_yaml())
-        save_all(runs, new, title=title)
+        save_all(runs, new, name=title)
         _metric_table(summaries).to_csv(new / "comparison.csv", index=False, lineterminator="\n")
         write_json(new / "environment.json", environment())
         folders = {label: _folder_name(label) for label in runs}
@@ -83,7 +83,7 @@ def draw(run_dir: Path, out: Path | None, from_s: float | None, to_s: float | No
     folder = out or (run_dir if "runs" in summary else run_dir / "plots")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return save_all(runs, folder, title=summary.get("name") or run_dir.name, window_s=window)
+        return save_all(runs, folder, name=summary.get("name") or run_dir.name, window_s=window)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written to: {error.strerror}; name another with --out") from None
 

@@ -89,8 +89,13 @@ def print_comparison(summaries: Mapping[str, Summary], *, title: str) -> None:
         ]
         table.add_row(metric.name, *cells)
     console.print(table)
+    said: dict[str, list[str]] = {}
     for label, summary in summaries.items():
-        _print_notes(console, summary, f"{label}: ")
+        for note in notes(summary):
+            said.setdefault(note, []).append(label)
+    for note, labels in said.items():
+        whose = "all" if len(labels) == len(summaries) else ", ".join(labels)
+        console.print(f"{whose}: {note}", highlight=False, markup=False)
 
 
 def print_run(summary: Summary) -> None:
@@ -112,23 +117,26 @@ def print_run(summary: Summary) -> None:
     for metric in METRICS[6:]:
         totals.add_row(metric.name, metric.text(metric.value(summary)))
     console.print(totals)
-    _print_notes(console, summary, "")
+    for note in notes(summary):
+        console.print(note, highlight=False, markup=False)
 
 
-def _print_notes(console: Console, summary: Summary, label: str) -> None:
+def notes(summary: Summary) -> list[str]:
     """What a reader must know before trusting the figures."""
-    for reason, count in summary["reasons"].items():
-        console.print(f"{label}{count:,} not served: {reason}", highlight=False, markup=False)
+    said = [f"{count:,} not served: {reason}" for reason, count in summary["reasons"].items()]
     if not summary["completed"]:
-        console.print(f"{label}no request completed, so there are no latencies", highlight=False, markup=False)
+        said.append("no request completed, so there are no latencies")
+    long = summary["workload"]["too_long"]
+    if long["rule"] == "truncate" and long["requests"]:
+        said.append(f"{long['requests']:,} requests truncated to the context of {long['max_model_len']:,} tokens")
+    if summary["workload"]["skipped"]:
+        said.append(f"{summary['workload']['skipped']:,} requests of the trace have no tokens and were left out")
     if summary["unmeasured_gpus"]:
         names = ", ".join(summary["unmeasured_gpus"])
-        console.print(f"{label}roofline estimate, not measured: step times of {names}", highlight=False, markup=False)
+        said.append(f"step times of {names} are a roofline estimate: no profile for this model, TP and dtype")
     if summary["extrapolated_share"]:
-        share = summary["extrapolated_share"]
-        console.print(
-            f"{label}{share:.1%} of the iterations lie outside the measured range", highlight=False, markup=False
-        )
+        said.append(f"{summary['extrapolated_share']:.1%} of the iterations lie outside the measured range")
+    return said
 
 
 def _heading(title: str, summary: Summary) -> str:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -80,7 +81,14 @@ class Setup:
             "skipped": self.requests.skipped,
             "rate_per_s": self.problem.workload.rate_per_s,
         }
-        return {**figures, "workload": workload, "predictor": self.predictor.name, "seed": self.problem.seed}
+        return {
+            **figures,
+            "model": self.problem.model.name,
+            "gpus": dict(Counter(self.problem.cluster.gpu(gpu_id).name for gpu_id in self.problem.cluster.gpu_ids)),
+            "workload": workload,
+            "predictor": self.predictor.name,
+            "seed": self.problem.seed,
+        }
 
 
 def resolve(scenario: Scenario) -> Setup:
@@ -201,7 +209,9 @@ def _named(scenario: Scenario) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        trace = scenario.workload.trace
-        if trace and str(error).startswith(trace):
+        text, trace = str(error), scenario.workload.trace
+        if trace and text.startswith(trace):
             raise
-        raise ConfigError(f"{scenario.where}: {error}") from None
+        if text.startswith("system."):
+            text = scenario.system_place + text.removeprefix("system")
+        raise ConfigError(f"{scenario.where}: {text}") from None

@@ -218,6 +218,7 @@ class Scenario(Part):
     """One experiment: a model on a cluster under a workload, served by a system."""
 
     _where: str = PrivateAttr("scenario")
+    _system_place: str = PrivateAttr("system")
 
     model: str = Field(description="catalogue name (phasewise models), or the path of a Hugging Face config.json")
     dtype: Dtype | None = Field(default=None, description="of the weights; default: the model's own")
@@ -280,11 +281,18 @@ class Scenario(Part):
         """The file it comes from, for errors."""
         return self._where
 
+    @property
+    def system_place(self) -> str:
+        """The key under which its system stands, for errors."""
+        return self._system_place
+
     def variant(self, label: str, spec: VariantSpec) -> Scenario:
         """The same experiment under another system; engine settings it does not state stay."""
         engine = self.system.engine.model_dump(exclude_unset=True) | spec.engine.model_dump(exclude_unset=True)
         system = SystemSpec(**{**spec.options, "name": spec.name or label, "engine": EngineSpec(**engine)})
-        return self._with(system=system, compare={})
+        variant = self._with(system=system, compare={})
+        variant._system_place = f"compare.{label}" if label in self.compare else "system"
+        return variant
 
     def to_yaml(self) -> str:
         """Everything spelt out, so that the run can be repeated from this text."""

@@ -178,8 +178,9 @@ class Batch(Protocol):
     def role(self) -> Role: ...
     @property
     def waiting(self) -> Iterator[RequestView]:
-        """Requests with a prompt to compute, in queue order (recomputed ones stand in front). Admitting the request just
-        yielded while iterating is allowed."""
+        """Requests with a prompt to compute, in queue order (recomputed ones stand in front).
+
+        Admitting the request just yielded while iterating is allowed."""
 
     @property
     def arrived(self) -> Sequence[RequestView]:

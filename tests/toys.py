@@ -19,7 +19,7 @@ TINY = replace(model("llama-2-7b"), name="tiny", num_layers=2)
 
 @dataclass(frozen=True, kw_only=True)
 class ToyCost:
-    """base + per_token * tokens + per_context * decode context + per_pair * (chunk tokens x its context), by stage share.
+    """base + per_token * tokens + per_context * decode context + per_pair * chunk tokens * its context, by stage.
 
     ``knot``: beyond so many context tokens a decode costs twice as much per token (a kink to cut segments at).
     """

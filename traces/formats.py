@@ -10,18 +10,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sim.types import ConfigError
+from traces.sharegpt import TURNS, ConversationRows, CountTokens, json_items, token_counter
 from traces.table import (
     Column,
     Rows,
     count,
     csv_rows,
     hashes,
-    json_object,
     jsonl_rows,
     label,
     nearest,
@@ -33,6 +32,7 @@ from traces.table import (
 
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 TOKENS = "a whole number >= 0"
+HEAD = 2**16  # characters, enough for any header
 TICKS_PER_S = 10**7  # .NET ticks: the resolution of the 2023 Azure traces
 
 
@@ -51,6 +51,11 @@ class Format:
     per_s: int = 1
     block_tokens: int | None = None
     foreign: bool = True
+
+    @property
+    def is_table(self) -> bool:
+        """CSV, or Parquet with the same names; else JSON."""
+        return self.rows is csv_rows
 
     @property
     def required(self) -> frozenset[str]:
@@ -143,6 +148,27 @@ def vidur_lengths() -> Format:
     return Format(rows=csv_rows, columns=_lengths("num_prefill_tokens", "num_decode_tokens"))
 
 
+def sharegpt(
+    *,
+    tokenizer: CountTokens | str | None = None,
+    characters_per_token: float | None = None,
+    turns: str = "first",
+) -> Format:
+    """Conversations of the ShareGPT kind (``traces.sharegpt``): every request arrives at 0, ``with_rate`` spreads them.
+
+    Needs ``tokenizer`` or ``characters_per_token``. ``turns``: the ``first`` of each conversation, as vLLM's
+    benchmark takes it, or ``all``, each with its new text only and the conversation as session: ``Sessions`` makes the
+    context grow.
+    """
+    if turns not in TURNS:
+        raise ConfigError(f"format option turns is {turns!r}; {nearest(turns, TURNS)}")
+    session = Column("session", "id", optional(label), "a text", required=False)
+    columns = (*_lengths("conversations", "conversations"), session)
+    return Format(
+        rows=ConversationRows(count=token_counter(tokenizer, characters_per_token), turns=turns), columns=columns
+    )
+
+
 def phasewise() -> Format:
     """Our own CSV or Parquet: the fields of ``Request``, hashes separated by spaces."""
     columns = (
@@ -167,6 +193,7 @@ FORMATS: dict[str, Callable[..., Format]] = {
     "splitwise-sim": splitwise_sim,
     "vidur": vidur,
     "vidur-lengths": vidur_lengths,
+    "sharegpt": sharegpt,
 }
 
 
@@ -176,9 +203,9 @@ def guess_format(path: str | Path) -> str:
     A format fits if all names it needs are there; one that needs fewer of them than another that fits
     is set aside. ConfigError where none is left, or several.
     """
-    rows, names = _names(Path(path))
-    fitting = {name: made.required for name, make in FORMATS.items() if (made := make()).rows is rows}
-    fitting = {name: required for name, required in fitting.items() if required <= names}
+    table, names = _names(Path(path))
+    made = {name: make() for name, make in FORMATS.items()}
+    fitting = {name: f.required for name, f in made.items() if f.is_table == table and f.required <= names}
     best = [name for name, required in fitting.items() if not any(required < other for other in fitting.values())]
     if len(best) == 1:
         return best[0]
@@ -186,22 +213,22 @@ def guess_format(path: str | Path) -> str:
     raise ConfigError(f"{path}: the file {found}; name one of: {', '.join(best or FORMATS)}")
 
 
-def _names(path: Path) -> tuple[Rows, set[str]]:
-    """How the file is laid out, and the names in its header or first object."""
+def _names(path: Path) -> tuple[bool, set[str]]:
+    """Whether the file is a table, and the names in its header or first JSON object."""
     with reading(path):
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
-            return csv_rows, set(pq.read_schema(path).names)
+            return True, set(pq.read_schema(path).names)
         with path.open(encoding="utf-8-sig") as file:
-            numbered = ((line, text.strip()) for line, text in enumerate(file, start=1))
-            found = list(islice(((line, text) for line, text in numbered if text), 1))
-    if not found:
-        raise ConfigError(f"{path}: the file is empty; expected a trace")
-    line, text = found[0]
-    if text.startswith("{"):
-        return jsonl_rows, set(json_object(path, line, text))
-    return csv_rows, {name.strip() for name in text.split(",")}
+            head = file.read(HEAD).lstrip()
+            if not head:
+                raise ConfigError(f"{path}: the file is empty; expected a trace")
+            if head[0] not in "[{":
+                return True, {name.strip() for name in head.splitlines()[0].split(",")}
+            file.seek(0)
+            first = next(json_items(path, file), None)
+            return False, set(first) if isinstance(first, dict) else set()
 
 
 def _date_clock() -> Callable[[Any], int]:

@@ -1,8 +1,8 @@
 """Requests out of distributions: ``generate`` from fitted lengths, ``resample`` from a recorded trace.
 
 A distribution of lengths is its quantile function: it maps numbers of (0, 1) to tokens. That is all that is
-needed to draw from it, and to draw inputs and outputs that are correlated. One seed gives two streams of
-random numbers, one for arrivals and one for lengths, so that changing the one leaves the other.
+needed to draw from it, and to draw inputs and outputs that are correlated. One seed gives streams of random
+numbers for arrivals, lengths and turns, so that changing one leaves the others.
 """
 
 from __future__ import annotations
@@ -138,14 +138,43 @@ def generate(
     requests do not depend on ``count``. ConfigError for settings out of range.
     """
     _check_count(count)
-    if not -1 <= rank_correlation <= 1:
-        raise ConfigError(f"rank_correlation is {rank_correlation}; expected -1 to 1")
-    arrivals_rng, lengths_rng = _streams(seed)
+    _check_correlation(rank_correlation)
+    arrivals_rng, lengths_rng, _ = _streams(seed)
     times = arrival_times(arrivals, rate_per_s, arrivals_rng, **settings)
     pairs = _pairs(count, input, output, rank_correlation, lengths_rng)
     return (
         Request(id=number, arrival_s=time, input_tokens=pair[0], output_tokens=pair[1])
         for number, (pair, time) in enumerate(zip(pairs, times, strict=False))
+    )
+
+
+def generate_sessions(
+    count: int,
+    rate_per_s: float,
+    *,
+    turns: Lengths,
+    input: Lengths,  # noqa: A002
+    output: Lengths,
+    arrivals: str = "poisson",
+    rank_correlation: float = 0.0,
+    seed: int = 0,
+    **settings: float | None,
+) -> Iterator[Request]:
+    """The turns of ``count`` conversations that begin at ``rate_per_s``: feed them to ``traces.Sessions``.
+
+    ``turns``: how many a conversation has. ``input``: a turn's new text. All turns carry the time at which
+    their conversation begins. The first conversations do not depend on ``count``.
+    """
+    _check_count(count)
+    _check_correlation(rank_correlation)
+    arrivals_rng, lengths_rng, turns_rng = _streams(seed)
+    times = arrival_times(arrivals, rate_per_s, arrivals_rng, **settings)
+    numbers = np.maximum(1, np.rint(turns.quantile(turns_rng.random(count)))).astype(np.int64).tolist()
+    owners = (owner for owner, number in zip(enumerate(times), numbers, strict=False) for _ in range(number))
+    pairs = _pairs(sum(numbers), input, output, rank_correlation, lengths_rng)
+    return (
+        Request(id=number, arrival_s=time, input_tokens=pair[0], output_tokens=pair[1], session=str(session))
+        for number, (pair, (session, time)) in enumerate(zip(pairs, owners, strict=True))
     )
 
 
@@ -166,7 +195,7 @@ def resample(
     sample = list(requests)
     if not sample:
         raise ConfigError("cannot resample a trace without requests")
-    arrivals_rng, lengths_rng = _streams(seed)
+    arrivals_rng, lengths_rng, _ = _streams(seed)
     times = arrival_times(arrivals, rate_per_s, arrivals_rng, **settings)
     drawn = (sample[int(lengths_rng.random() * len(sample))] for _ in range(count))
     numbered = enumerate(zip(drawn, times, strict=False))
@@ -187,15 +216,19 @@ def _pairs(
         yield from zip(inputs, outputs, strict=True)
 
 
-def _streams(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
-    """Random numbers for arrivals, and for lengths."""
-    arrivals, lengths = np.random.SeedSequence(seed).spawn(2)
-    return np.random.default_rng(arrivals), np.random.default_rng(lengths)
+def _streams(seed: int) -> list[np.random.Generator]:
+    """Random numbers for arrivals, for lengths, and for turns of conversations."""
+    return [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(3)]
 
 
 def _check_count(count: int) -> None:
     if count < 1:
         raise ConfigError(f"count is {count}; expected a whole number >= 1")
+
+
+def _check_correlation(rank_correlation: float) -> None:
+    if not -1 <= rank_correlation <= 1:
+        raise ConfigError(f"rank_correlation is {rank_correlation}; expected -1 to 1")
 
 
 def _ascending(what: str, *tokens: float) -> None:

@@ -1,13 +1,15 @@
-"""Streams of requests into streams of requests: cut, stretch, resample arrivals, respect a context limit.
+"""Streams of requests into streams of requests: cut, stretch, mix, resample arrivals, respect a context limit.
 
-Everything is lazy and in order of arrival, and ids are running numbers again afterwards.
+Everything but ``by_arrival`` is lazy and in order of arrival, and ids are running numbers again afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from heapq import merge
 from itertools import islice
+from operator import attrgetter
 from typing import Literal, get_args
 
 import numpy as np
@@ -68,6 +70,47 @@ def renumber(requests: Iterable[Request]) -> Iterator[Request]:
     """Ids 0, 1, 2, ..."""
     for number, request in enumerate(requests):
         yield request if request.id == number else replace(request, id=number)
+
+
+def by_arrival(requests: Iterable[Request]) -> Iterator[Request]:
+    """In order of arrival (holds them in memory): the requests of a finished closed loop as a trace, say."""
+    return renumber(sorted(requests, key=attrgetter("arrival_s")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestClass:
+    """Requests of one kind, with their own rate and lengths; ``name`` is what SLOs and results call them."""
+
+    name: str
+    requests: Iterable[Request]
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name.splitlines() != [self.name]:
+            raise ConfigError(f"request class {self.name!r}; expected a name of one line")
+
+
+def mix(classes: Sequence[RequestClass]) -> Iterator[Request]:
+    """Several classes merged in order of arrival; at equal times the class named first comes first.
+
+    Sessions and prefix hashes of different classes are kept apart. ConfigError without classes or for two of one name.
+    """
+    names = [klass.name for klass in classes]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"classes to mix: {', '.join(names) or 'none'}; expected at least one, with different names")
+    streams = [_labelled(klass, number, len(classes)) for number, klass in enumerate(classes)]
+    return renumber(merge(*streams, key=attrgetter("arrival_s")))
+
+
+def _labelled(klass: RequestClass, number: int, of: int) -> Iterator[Request]:
+    for request in klass.requests:
+        yield replace(
+            request,
+            klass=klass.name,
+            priority=klass.priority,
+            session=None if request.session is None else f"{klass.name}/{request.session}",
+            prefix=tuple(block * of + number for block in request.prefix),
+        )
 
 
 def clamp_context(requests: Iterable[Request], max_model_len: int, rule: Rule = "reject") -> ClampedTrace:

@@ -17,11 +17,13 @@ from sim.types import Slo
 
 
 def save_all(
-    runs: Mapping[str, Run], folder: Path, *, title: str, slo: Slo | None = None, window_s: Window | None = None
+    runs: Mapping[str, Run], folder: Path, *, name: str, slo: Slo | None = None, window_s: Window | None = None
 ) -> list[Path]:
     """Write every figure (PNG, SVG, CSV) into a folder that is there; the SLO is the first run's unless given."""
-    slo = slo or slo_of(next(iter(runs.values())))
-    return [path for name, drawing in drawings(runs, slo, title, window_s) for path in save(drawing, folder, name)]
+    first = next(iter(runs.values()))
+    slo = slo or slo_of(first)
+    title = headline(name, first)
+    return [path for stem, drawing in drawings(runs, slo, title, window_s) for path in save(drawing, folder, stem)]
 
 
 def drawings(
@@ -34,6 +36,12 @@ def drawings(
     yield "kv-and-queue", occupancy(runs)
     for name, run in runs.items():
         yield f"timeline-{re.sub(r'[^a-z0-9.]+', '-', name.lower())}", gpu_timeline(run, window_s)
+
+
+def headline(name: str, run: Run) -> str:
+    """What was run on what, for a figure's title."""
+    gpus = " + ".join(f"{count} {gpu}" for gpu, count in run.summary["gpus"].items())
+    return f"{name}: {run.summary['model']} on {gpus}, {run.summary['workload']['rate_per_s']:.3g} requests/s"
 
 
 def slo_of(run: Run) -> Slo:

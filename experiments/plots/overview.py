@@ -34,10 +34,11 @@ def overview(runs: Mapping[str, Run], slo: Slo, title: str) -> Drawing:
         draw_attainment(upper[2], attainment_table(runs, slo), slo)
         upper[0].set_ylabel("completed requests (%)")
         draw_bars(figure.add_subplot(grid[1, :2]), bars, "goodput_per_s", "Goodput", "requests/s within SLO", ".2f")
-        draw_bars(figure.add_subplot(grid[1, 2:4]), bars, "usd_per_million_tokens", "Cost", "$ per 1M tokens", ".0f")
+        draw_bars(
+            figure.add_subplot(grid[1, 2:4]), bars, "usd_per_million_tokens", "Cost", "$ per 1M output tokens", ".2f"
+        )
         _draw_lanes(figure.add_subplot(grid[1, 4:]), shown)
-        handles, labels = upper[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(runs), fontsize=11)
+        upper[0].legend(loc="upper left", fontsize=11)
     return Drawing(figure, bars)
 
 

@@ -75,7 +75,8 @@ class ProfileEntry:
 
     ``gpus``: the catalogue names it may be used on; no other is taken, however near its name. ``linear``: what
     depends on the tokens of a step. ``head``: what depends on its sequences, whole, charged to the last
-    stage whatever its ``per``. ``included``: operators that ``linear`` contains already. An operator that is
+    stage whatever its ``per``. ``attention_mixed``: what decodes add to a step that has chunks as well; absent, they
+    cost what they cost alone. ``included``: operators that ``linear`` contains already. An operator that is
     neither given nor included is priced by the roofline.
     """
 
@@ -89,6 +90,7 @@ class ProfileEntry:
     collective: Table | None = None
     attention_prefill: Grid | None = None
     attention_decode: Grid | None = None
+    attention_mixed: Grid | None = None
     overhead_s: float | None = None
     included: frozenset[str] = frozenset()
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
@@ -204,7 +206,10 @@ def _measured(entry: ProfileEntry, guess: Operators, scale: _Scale) -> Operators
         chunk = _chunk_rows(scale.surface(entry.attention_prefill, scale.pair_ps, causal=True))
     if entry.attention_decode is not None:
         decode = _decode_rows(scale.surface(entry.attention_decode, scale.context_ps, causal=False))
-    return replace(guess, **fixed, overhead_ps=overhead_ps, chunk=chunk, decode=decode)
+    mixed = decode
+    if entry.attention_mixed is not None:
+        mixed = _decode_rows(scale.surface(entry.attention_mixed, scale.context_ps, causal=False))
+    return replace(guess, **fixed, overhead_ps=overhead_ps, chunk=chunk, decode=decode, mixed=mixed)
 
 
 def _free(_count: int) -> tuple[int, bool]:

@@ -54,6 +54,7 @@ class Roofline:
         rates = self.rates(model, stage, cluster, slow)
         first = stage.first_layer == 0
         last = stage.end_layer == model.num_layers
+        decode = _decode_rows(model, stage, rates)
         return Operators(
             linear=_linear(model, stage, rates),
             collective=_collective(model, stage, rates),
@@ -61,7 +62,8 @@ class Roofline:
             head=_head(model, rates) if last else _nothing,
             overhead_ps=round(self.overhead_s * slow * PS_PER_S) if first else 0,
             chunk=_chunk_rows(model, stage, rates),
-            decode=_decode_rows(model, stage, rates),
+            decode=decode,
+            mixed=decode,
         )
 
     def rates(self, model: ModelSpec, stage: Stage, cluster: Cluster, slow: float = 1.0) -> Rates:

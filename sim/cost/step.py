@@ -63,7 +63,8 @@ class Operators:
     """What a step on one stage is made of. Each function rises in its count; rows rise in it and in the context.
 
     ``chunk`` and ``decode`` price attention: of a chunk of so many tokens by the context before it, and of
-    so many decoding sequences by the sum of their contexts.
+    so many decoding sequences by the sum of their contexts; ``mixed`` prices the latter in a step that also has
+    chunks, where engines run one kernel for both that suits decodes less.
     """
 
     linear: Fixed
@@ -73,6 +74,7 @@ class Operators:
     overhead_ps: int
     chunk: Callable[[int], Row]
     decode: Callable[[int], Row]
+    mixed: Callable[[int], Row]
 
 
 class Composed:
@@ -84,6 +86,7 @@ class Composed:
         self._fixed = lru_cache(CACHE_ENTRIES)(self._price_fixed)
         self._chunk = lru_cache(CACHE_ENTRIES)(operators.chunk)
         self._decode = lru_cache(CACHE_ENTRIES)(operators.decode)
+        self._beside_chunks = lru_cache(CACHE_ENTRIES)(operators.mixed)
 
     def line(self, work: Work) -> Line:
         chunks, seqs, context = work
@@ -111,7 +114,8 @@ class Composed:
         if not sequences:
             return Line(0, 0, UNBOUNDED)
         if seqs:
-            value_ps, slope_ps, until, outside = self._decode(seqs).segment(context, seqs)
+            rows = self._decode if total == seqs else self._beside_chunks
+            value_ps, slope_ps, until, outside = rows(seqs).segment(context, seqs)
             first += value_ps
             slope += slope_ps
             iterations = until if until < iterations else iterations

@@ -85,7 +85,7 @@ class Links:
     def _sent(self, alarm: Alarm) -> None:
         flow: Flow = alarm.subject
         self._remove(flow)
-        self._clock.at(self._clock.now_ps + max(1, flow.latency_ps), flow.done, flow.subject)
+        flow.alarm = self._clock.at(self._clock.now_ps + max(1, flow.latency_ps), flow.done, flow.subject)
 
     def _touching(self, flows: list[Flow]) -> dict[Flow, None]:
         """These flows and all that share a resource with them, directly or through others."""

@@ -122,9 +122,10 @@ class ReplicaState:
 
     def __repr__(self) -> str:
         return (
-            f"{self.name} ({self.role}): waiting {len(self.waiting)}, arrived {len(self.arrived)}, running {len(self.running)} "
-            f"({len(self.prefilling)} in prefill), swapped {len(self.swapped)}, KV leaving {len(self.departing)}, "
-            f"KV arriving {len(self.inbox) + len(self.arriving)}, blocks {self.ledger.used}/{self.ledger.total}"
+            f"{self.name} ({self.role}): waiting {len(self.waiting)}, arrived {len(self.arrived)}, "
+            f"running {len(self.running)} ({len(self.prefilling)} in prefill), swapped {len(self.swapped)}, "
+            f"KV leaving {len(self.departing)}, KV arriving {len(self.inbox) + len(self.arriving)}, "
+            f"blocks {self.ledger.used}/{self.ledger.total}"
         )
 
     # ------------------------------------------------------------ what policies read

@@ -143,11 +143,11 @@ class Engine:
             following = next(stream, None)
             if following is None or to_ps(following.arrival_s) > self.clock.now_ps:
                 break
+            if to_ps(following.arrival_s) < self.clock.now_ps:
+                raise SimulationError(f"request {following.id} arrives before the one ahead of it in the stream")
             self.unfinished += 1
             job = self._job(following)
         if following is not None:
-            if to_ps(following.arrival_s) < self.clock.now_ps:
-                raise SimulationError(f"request {following.id} arrives before the one ahead of it in the stream")
             self._await_arrival(stream, following)
         for replica in touched:
             self.nudge(replica)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
 
@@ -15,26 +16,28 @@ from sim.types import ConfigError, Plan, Replica, Stage, to_ps
 def check_plan(plan: Plan, problem: Problem) -> None:
     """Raise ``ConfigError`` unless every replica holds every layer once, on GPUs that are its own."""
     owner: dict[str, str] = {}
-    names: set[str] = set()
     if not plan.replicas:
         raise ConfigError("plan: it has no replicas")
+    for what, names in (
+        ("replica", [replica.name for replica in plan.replicas]),
+        ("stage", [name for replica in plan.replicas for name in replica.leg]),
+    ):
+        for name, times in Counter(names).items():
+            if times > 1:
+                raise ConfigError(f"plan: {what} {name!r} occurs twice; {what} names must be unique")
     for replica in plan.replicas:
-        for name in (replica.name, *replica.leg):
-            if name in names and name != replica.name:
-                raise ConfigError(f"plan: stage {name!r} occurs twice; stage names must be unique")
-        if replica.name in owner.values():
-            raise ConfigError(f"plan: replica {replica.name!r} occurs twice; replica names must be unique")
-        names.update(replica.leg)
         layer = 0
         for stage in replica.stages:
             if stage.first_layer != layer or stage.end_layer <= layer:
                 raise ConfigError(
-                    f"plan: stage {stage.name!r} holds layers {stage.first_layer} to {stage.end_layer}; it must start at {layer}"
+                    f"plan: stage {stage.name!r} holds layers {stage.first_layer} to {stage.end_layer}; "
+                    f"it must start at {layer}"
                 )
             layer = stage.end_layer
         if layer != problem.model.num_layers:
             raise ConfigError(
-                f"plan: replica {replica.name!r} holds {layer} layers; {problem.model.name} has {problem.model.num_layers}"
+                f"plan: replica {replica.name!r} holds {layer} layers; "
+                f"{problem.model.name} has {problem.model.num_layers}"
             )
         for gpu in replica.gpus:
             if gpu not in problem.cluster.gpu_ids:
@@ -61,8 +64,9 @@ def build_replica(
         short_gb = -kv_bytes_available(problem, worst, limits) / 1e9
         gpu = problem.cluster.gpu(worst.gpus[0]).name
         raise ConfigError(
-            f"plan: {problem.model.name} does not fit on stage {worst.name} ({worst.tp} x {gpu}): {max(short_gb, 0):.1f} GB a GPU "
-            f"are missing; use more GPUs (tp, pp) or raise gpu_memory_utilization ({limits.gpu_memory_utilization})"
+            f"plan: {problem.model.name} does not fit on stage {worst.name} ({worst.tp} x {gpu}): "
+            f"{max(short_gb, 0.1):.1f} GB a GPU are missing; "
+            f"use more GPUs (tp, pp) or raise gpu_memory_utilization ({limits.gpu_memory_utilization})"
         )
     return ReplicaState(
         number,
@@ -82,7 +86,7 @@ def bind_cost(cost: StepCost, problem: Problem, stage: Stage, slow: Mapping[str,
 
 
 def hop_time_ps(problem: Problem, spec: Replica) -> Callable[[int], int]:
-    """Time to hand so many tokens' activations to the next stage: the slowest hop of the pipeline, alone on its link."""
+    """Time to hand so many tokens' activations to the next stage: the slowest hop, alone on its link."""
     cluster = problem.cluster
     paths = [cluster.path(a.gpus, b.gpus) for a, b in zip(spec.stages, spec.stages[1:], strict=False)]
 

@@ -84,10 +84,11 @@ def _check(replicas: tuple[Replica, ...], pool: Pool, role: Role, problem: Probl
     """Say what is missing if there are fewer replicas than asked for."""
     if len(replicas) >= (pool.replicas or 1):
         return
-    asked = f"{pool.replicas or 'at least one'} {role} replica(s) of {problem.model.name} with tp {pool.tp or 'any'}, pp {pool.pp}"
+    asked = f"{pool.replicas or 'at least one'} {role} replica(s), tp {pool.tp or 'any'}, pp {pool.pp}"
     on = f" on {pool.gpu}" if pool.gpu else ""
     raise ConfigError(
-        f"system: {asked}{on} asked for, but the cluster has room for {len(replicas)}; ask for fewer, other tp or pp, or add GPUs"
+        f"system: {asked}{on} of {problem.model.name} asked for, but the cluster has room for {len(replicas)}; "
+        "ask for fewer, other tp or pp, or add GPUs"
     )
 
 
@@ -113,9 +114,11 @@ def _build(problem: Problem, pool: Pool, role: Role, nodes: list[list[str]], mos
     groups: list[tuple[str, ...]] = []
     for gpus in nodes:
         tp = pool.tp or _narrowest(problem, gpus, pool.pp)
+        if tp is None:
+            continue
         if groups and cluster.gpu(groups[0][0]).name != cluster.gpu(gpus[0]).name:
             groups = []  # a pipeline does not mix GPU types
-        for start in range(0, len(gpus) - tp + 1, tp) if tp else ():
+        for start in range(0, len(gpus) - tp + 1, tp):
             groups.append(tuple(gpus[start : start + tp]))
             if len(groups) == pool.pp:
                 if most is not None and number >= most:
