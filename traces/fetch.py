@@ -10,9 +10,10 @@ import hashlib
 import http.client
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sim.types import ConfigError
 from traces.table import Progress, nearest
@@ -31,7 +32,7 @@ class PublicTrace:
     size_bytes: int
     sha256: str
     format: str
-    licence: str
+    licence: str | None
 
 
 def _github(path: str) -> str:
@@ -72,7 +73,7 @@ PUBLIC_TRACES: dict[str, PublicTrace] = {
         size_bytes=52_283_111,
         sha256="4bb3783693d0a435686fbfc885615d2349bd067239079fa4b749f2e679e12122",
         format="burstgpt",
-        licence="CC-BY-4.0",
+        licence=None,
     ),
 }
 
@@ -122,24 +123,22 @@ def _check(path: Path, trace: PublicTrace, complaint: str) -> None:
 
 def _download(trace: PublicTrace, partial: Path, progress: Progress | None, timeout_s: float) -> None:
     """Ask for what is missing until the file has its size; give up when an answer brings nothing."""
-    why = "the server sent nothing"
-    best = 0
+    best = -1
     for _ in range(ATTEMPTS):
         have = partial.stat().st_size if partial.exists() else 0
-        if have >= trace.size_bytes:
-            return
-        try:
-            resumed = _receive(trace, partial, have, progress, timeout_s)
-        except urllib.error.HTTPError as error:
-            raise ConfigError(f"{trace.url}: the server answers {error.code} {error.reason}; try again later") from None
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            why, resumed = str(getattr(error, "reason", error)) or type(error).__name__, True
-        else:
-            why = "the connection was cut" if resumed else "the connection was cut and the server ignores Range"
-        have = partial.stat().st_size if partial.exists() else 0
-        if have <= best and have < trace.size_bytes:
+        if have >= trace.size_bytes or have <= best:
             break
         best = have
+        try:
+            resumed = _receive(trace, partial, have, progress, timeout_s)
+            why = "the connection was cut" + ("" if resumed else ", and the server cannot continue (it ignores Range)")
+        except urllib.error.HTTPError as error:
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                partial.unlink()
+            raise ConfigError(f"{trace.url}: the server answers {error.code} {error.reason}; try again later") from None
+        except urllib.error.URLError as error:
+            why = str(error.reason) or type(error.reason).__name__
+    have = partial.stat().st_size if partial.exists() else 0
     if have < trace.size_bytes:
         kept = f"{have:,} of {trace.size_bytes:,} bytes are kept"
         raise ConfigError(f"{trace.url}: {why} ({kept}); check the network and try again")
@@ -150,17 +149,26 @@ def _receive(trace: PublicTrace, partial: Path, have: int, progress: Progress | 
     request = urllib.request.Request(trace.url, headers={"User-Agent": "phasewise"})
     if have:
         request.add_header("Range", f"bytes={have}-")
-    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+    with _network(lambda: urllib.request.urlopen(request, timeout=timeout_s)) as answer:
         resumed = answer.status == http.client.PARTIAL_CONTENT
-        if resumed and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise ConfigError(
-                f"{trace.url}: the server sent another part than asked for; delete {partial} and try again"
-            )
         done = have if resumed else 0
+        size = answer.headers.get("Content-Range", "").rpartition("/")[2] or answer.headers.get("Content-Length")
+        if size not in (None, "*", str(trace.size_bytes)):
+            raise ConfigError(f"{trace.url} has {size} bytes, expected {trace.size_bytes}; it is not the file it was")
         with partial.open("ab" if resumed else "wb") as file:
-            while done < trace.size_bytes and (chunk := answer.read(CHUNK_BYTES)):
+            while done < trace.size_bytes and (chunk := _network(lambda: answer.read(CHUNK_BYTES))):
                 file.write(chunk)
                 done += len(chunk)
                 if progress is not None:
                     progress(done, trace.size_bytes)
     return resumed or not have
+
+
+def _network(act: Callable[[], Any]) -> Any:
+    """What can go wrong on the way, as URLError, so that it is told from what can go wrong on the disk."""
+    try:
+        return act()
+    except urllib.error.URLError:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        raise urllib.error.URLError(error) from None
