@@ -6,12 +6,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sim.cost import Grid, HeldOut, Profile, ProfileEntry, Provenance, Table
+from sim.cost import AttentionTable, GemmTable, Grid, HeldOut, Kernels, Profile, ProfileEntry, Provenance, Table
 from sim.types import ConfigError
 
 SCHEMA = "phasewise-profile"
@@ -60,6 +61,32 @@ class _HeldOutFile(_Part):
     points: Annotated[int, Field(ge=1)]
 
 
+class _GemmFile(_Part):
+    tokens: tuple[Count, ...]
+    n: tuple[Count, ...]
+    k: tuple[Count, ...]
+    seconds: tuple[tuple[tuple[Seconds, ...], ...], ...]
+
+
+class _AttentionFile(_Part):
+    heads: Annotated[int, Field(ge=1)]
+    kv_heads: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=1)]
+    prefill: _TableFile
+    decode: _GridFile
+
+
+class _KernelsFile(_Part):
+    """Kernel tables of GPU types, for any dense model."""
+
+    gpus: Annotated[tuple[Text, ...], Field(min_length=1)]
+    dtypes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    gemm: _GemmFile
+    attention: tuple[_AttentionFile, ...]
+    all_reduce: dict[int, _TableFile] = {}
+    held_out: dict[str, _HeldOutFile] = {}
+
+
 class _EntryFile(_Part):
     gpus: tuple[Text, ...]
     model: Text
@@ -85,7 +112,14 @@ class _ProfileFile(_Part):
     version: Literal[1]
     name: Text
     provenance: _ProvenanceFile
-    entries: Annotated[tuple[_EntryFile, ...], Field(min_length=1)]
+    entries: tuple[_EntryFile, ...] = ()
+    kernels: tuple[_KernelsFile, ...] = ()
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.entries and not self.kernels:
+            raise ValueError("a profile needs entries or kernels")
+        return self
 
 
 def shipped_profiles() -> dict[str, Path]:
@@ -125,9 +159,17 @@ def profile_text(profile: Profile) -> str:
     """The file's text, the same for equal profiles."""
     entries = [_entry_data(entry) for entry in profile.entries]
     provenance = {name: getattr(profile.provenance, name) for name in _ProvenanceFile.model_fields}
-    data = {"schema": SCHEMA, "version": VERSION, "name": profile.name, "provenance": provenance, "entries": entries}
+    data = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "name": profile.name,
+        "provenance": provenance,
+        "entries": entries or None,
+        "kernels": [asdict(kernels) for kernels in profile.kernels] or None,
+    }
+    data = {name: part for name, part in data.items() if part is not None}
     checked = _ProfileFile.model_validate(data)
-    text = json.dumps(checked.model_dump(by_alias=True, exclude_none=True), indent=1)
+    text = json.dumps(checked.model_dump(by_alias=True, exclude_none=True, include=set(data) | {"schema_name"}), indent=1)
     return INNERMOST.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
@@ -159,7 +201,31 @@ def _first(error: ValidationError) -> str:
 def _profile(file: _ProfileFile) -> Profile:
     provenance = Provenance(**file.provenance.model_dump())
     entries = tuple(_entry(number, entry) for number, entry in enumerate(file.entries))
-    return Profile(name=file.name, provenance=provenance, entries=entries)
+    kernels = tuple(_kernels(number, part) for number, part in enumerate(file.kernels))
+    return Profile(name=file.name, provenance=provenance, entries=entries, kernels=kernels)
+
+
+def _kernels(number: int, part: _KernelsFile) -> Kernels:
+    try:
+        return Kernels(
+            gpus=part.gpus,
+            dtypes=part.dtypes,
+            gemm=GemmTable(**part.gemm.model_dump()),
+            attention=tuple(
+                AttentionTable(
+                    heads=table.heads,
+                    kv_heads=table.kv_heads,
+                    head_dim=table.head_dim,
+                    prefill=Table(**table.prefill.model_dump()),
+                    decode=Grid(**table.decode.model_dump()),
+                )
+                for table in part.attention
+            ),
+            all_reduce={count: Table(**table.model_dump()) for count, table in part.all_reduce.items()},
+            held_out={name: HeldOut(**held.model_dump()) for name, held in part.held_out.items()},
+        )
+    except ConfigError as error:
+        raise ConfigError(f"kernels.{number}: {error}") from None
 
 
 def _entry(number: int, entry: _EntryFile) -> ProfileEntry:

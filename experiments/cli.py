@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments import commands_lists, commands_trace
+from experiments import commands_lists, commands_results, commands_trace
 
 if TYPE_CHECKING:
     from experiments.scenario import Scenario
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(commands_trace.app, name="trace")
 commands_lists.register(app)
+commands_results.register(app)
 
 ScenarioFile = Annotated[Path, typer.Argument(metavar="SCENARIO", help="scenario file (YAML)")]
 Overrides = Annotated[
@@ -50,6 +51,7 @@ def run(
     json_: Json = False,
     quiet: Quiet = False,
     step_by_step: StepByStep = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="keep every token's time in --out (for 'export')")] = False,
 ) -> None:
     """Simulate one scenario; --out keeps it as a run directory. Exit code 1 if no request completed."""
     from experiments import report
@@ -66,7 +68,7 @@ def run(
         result = setup.run(step_by_step=step_by_step, progress=progress)
     summary = {"name": scenario.stem, **setup.summary(result)}
     if out is not None:
-        write_run(out, Run.of(scenario.stem, result, summary), experiment.to_yaml())
+        write_run(out, Run.of(scenario.stem, result, summary, tokens=tokens), experiment.to_yaml())
         log.say(f"wrote {out}")
     if json_:
         _print_json(summary)
@@ -146,11 +148,13 @@ def _print_json(value: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors made on purpose print one line: exit code 2 for input, 1 for what went wrong in a run."""
-    from sim.types import ConfigError, SimulationError
-
     try:
         app(arguments)
-    except SimulationError as error:
+    except Exception as error:
+        from sim.types import ConfigError, SimulationError
+
+        if not isinstance(error, SimulationError):
+            raise
         print(f"phasewise: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 

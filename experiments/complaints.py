@@ -38,6 +38,12 @@ def first_fault(error: ValidationError) -> str:
     return describe(faults[0]) + more
 
 
+def nested_fault(error: ValidationError) -> str:
+    """As ``first_fault``, to be put behind the place of the mapping that holds the field."""
+    text = first_fault(error)
+    return f": {text.removeprefix(': ')}" if text.startswith(": ") else f".{text}"
+
+
 def describe(fault: ErrorDetails) -> str:
     """``cluster.nodes[0].count: -1 must be >= 1``."""
     context: dict[str, Any] = dict(fault.get("ctx") or {})
@@ -46,6 +52,8 @@ def describe(fault: ErrorDetails) -> str:
     if kind == "unknown_key":
         dot = "." if place else ""
         return f"{place}{dot}{context['key']}: the key {did_you_mean(context['key'], context['known'])}"
+    if kind == "nested":
+        return f"{place}{context['text']}"
     if kind == "missing":
         return f"{place}: missing; it is required"
     if kind == "literal_error":

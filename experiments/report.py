@@ -45,6 +45,7 @@ METRICS = (
     Metric("goodput (requests/s)", ("slo", "goodput_per_s"), "higher", "{:,.2f}"),
     Metric("output tokens/s", ("output_tokens_per_s",), "higher", "{:,.0f}"),
     Metric("cost ($ per 1M output tokens)", ("usd_per_million_tokens",), "lower", "{:,.2f}"),
+    Metric("energy, modelled (J per output token)", ("joules_per_token",), "lower", "{:,.2f}"),
     Metric("makespan (s)", ("makespan_s",), "lower", "{:,.1f}"),
     Metric("completed (requests)", ("completed",), "higher", "{:,.0f}"),
     Metric("rejected (requests)", ("rejected",), "lower", "{:,.0f}"),
@@ -77,7 +78,8 @@ def print_comparison(summaries: Mapping[str, Summary], *, title: str) -> None:
     """Metrics as rows, systems as columns; the winner is bold and starred."""
     console = _console()
     best = winners(summaries)
-    table = Table(title=_heading(title, next(iter(summaries.values()))), title_justify="left", box=box.SIMPLE_HEAD)
+    console.print(_heading(title, next(iter(summaries.values()))), style="bold", highlight=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("metric")
     for label in summaries:
         table.add_column(label, justify="right", no_wrap=True)
@@ -101,9 +103,9 @@ def print_comparison(summaries: Mapping[str, Summary], *, title: str) -> None:
 def print_run(summary: Summary) -> None:
     """Latency distributions, then the totals."""
     console = _console()
-    table = Table(
-        title=_heading(f"{summary['name']}: {summary['system']}", summary), title_justify="left", box=box.SIMPLE_HEAD
-    )
+    heading = _heading(f"{summary['name']}: {summary['system']}", summary)
+    console.print(heading, style="bold", highlight=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("latency")
     for column in LATENCY_COLUMNS:
         table.add_column(column, justify="right")

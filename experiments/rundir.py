@@ -1,7 +1,8 @@
 """Run directories: a finished run as files, written whole or not at all, and read back for plots and studies.
 
 A directory holds scenario.yaml (resolved, so that it can be run again), summary.json, the tables
-requests, steps, links, memory and replicas as Parquet, and environment.json.
+requests, steps, links, memory, replicas and notes as Parquet, environment.json, and on request tokens: per request
+the list of gaps between its tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TABLES = ("requests", "steps", "links", "memory", "replicas")
+OPTIONAL_TABLES = ("notes", "tokens")
 MARK = "summary.json"
 """The file by which a directory of ours is known."""
 PACKAGES = ("phasewise", "numpy", "scipy", "pandas", "pyarrow", "simpy", "pydantic", "matplotlib")
@@ -43,10 +45,15 @@ class Run:
     links: pd.DataFrame
     memory: pd.DataFrame
     replicas: pd.DataFrame
+    notes: pd.DataFrame | None = None
+    tokens: pd.DataFrame | None = None
+    """Columns request, gaps_s: a list of the seconds between its consecutive tokens."""
 
     @classmethod
-    def of(cls, name: str, result: Result, summary: Mapping[str, Any]) -> Run:
-        return cls(name=name, summary=summary, **{table: getattr(result, table) for table in TABLES})
+    def of(cls, name: str, result: Result, summary: Mapping[str, Any], *, tokens: bool = False) -> Run:
+        """``tokens`` keeps the time of every token, which takes eight bytes each."""
+        tables = {table: getattr(result, table) for table in (*TABLES, "notes")}
+        return cls(name=name, summary=summary, **tables, tokens=_token_table(result) if tokens else None)
 
 
 def write_run(folder: Path, run: Run, scenario_yaml: str) -> Path:
@@ -61,8 +68,10 @@ def write_run_files(folder: Path, run: Run, scenario_yaml: str) -> None:
     folder.joinpath("scenario.yaml").write_text(scenario_yaml, encoding="utf-8")
     write_json(folder / MARK, run.summary)
     write_json(folder / "environment.json", environment())
-    for name in TABLES:
+    for name in (*TABLES, *OPTIONAL_TABLES):
         table = getattr(run, name)
+        if table is None:
+            continue
         listed = {column: table[column].map(list) for column in table.columns if _holds_tuples(table[column])}
         table.assign(**listed).to_parquet(folder / f"{name}.parquet", index=False)
 
@@ -74,7 +83,8 @@ def read_run(folder: Path) -> Run:
     check_run(folder)
     try:
         summary = json.loads(folder.joinpath(MARK).read_text(encoding="utf-8"))
-        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
+        there = [name for name in OPTIONAL_TABLES if folder.joinpath(f"{name}.parquet").is_file()]
+        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in (*TABLES, *there)}
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder}: the run directory is damaged: {reason}; run the scenario again") from None
@@ -151,6 +161,13 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def _token_table(result: Result) -> pd.DataFrame:
+    import pandas as pd
+
+    gaps = pd.Series([gaps.tolist() for gaps in result.token_gaps_s()], dtype=object)
+    return pd.DataFrame({"request": result.columns["request"], "gaps_s": gaps})
 
 
 def _holds_tuples(column: pd.Series[Any]) -> bool:

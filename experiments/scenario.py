@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from experiments.complaints import first_fault
+from experiments.complaints import first_fault, nested_fault
 from experiments.overrides import apply
 from sim.types import ConfigError
 from traces.events import NEEDS
@@ -240,7 +240,7 @@ class Scenario(Part):
     def _latency_form(cls, value: Any) -> Any:
         names = list(value.values()) if isinstance(value, Mapping) else [value]
         if value is not None and not all(isinstance(name, str) for name in names):
-            raise ValueError("must be a profile's name or path, or a mapping of these by GPU type")
+            raise ValueError(f"{value!r} must be a profile's name or path, or a mapping of these by GPU type")
         return value
 
     @field_validator("events", mode="before")
@@ -249,8 +249,8 @@ class Scenario(Part):
         if value is None or isinstance(value, str):
             return value
         if not isinstance(value, list | tuple):
-            raise ValueError("must be the path of a file, or a list of events")
-        return tuple(item if isinstance(item, EventSpec) else EventSpec.model_validate(item) for item in value)
+            raise ValueError(f"{value!r} must be the path of a file, or a list of events")
+        return tuple(_event(place, item) for place, item in enumerate(value))
 
     @classmethod
     def of(cls, data: Any, *, where: str = "scenario") -> Scenario:
@@ -294,9 +294,15 @@ class Scenario(Part):
         variant._system_place = f"compare.{label}" if label in self.compare else "system"
         return variant
 
+    def at(self, *, rate_per_s: float, seed: int) -> Scenario:
+        """The same experiment at another arrival rate (requests/s) and seed."""
+        return self._with(workload=self.workload.model_copy(update={"rate": rate_per_s}), seed=seed)
+
     def to_yaml(self) -> str:
         """Everything spelt out, so that the run can be repeated from this text."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True, width=120
+        )
 
     def _with(self, **fields: Any) -> Scenario:
         other = self.model_copy(update=fields)
@@ -319,6 +325,14 @@ class Scenario(Part):
         workload = self.workload.model_copy(update={"trace": found(trace) if trace else None})
         events = found(self.events) if isinstance(self.events, str) else self.events
         return self._with(model=found(self.model), latency=latency, workload=workload, events=events)
+
+
+def _event(place: int, item: Any) -> EventSpec:
+    """One entry of an inline list; in the union with a path, pydantic would lose its place."""
+    try:
+        return item if isinstance(item, EventSpec) else EventSpec.model_validate(item)
+    except ValidationError as error:
+        raise PydanticCustomError("nested", "{text}", {"text": f"[{place}]{nested_fault(error)}"}) from None
 
 
 def _read_yaml(path: Path) -> Any:

@@ -96,12 +96,19 @@ class TokenBudget:
 
     Source: vLLM ``v1/core/sched/scheduler.py``, commit 00024d31. A request wants whatever it has not
     computed; there are no phases. Blocks are taken chunk by chunk; the latest admitted is recomputed when they run
-    out, and a step that preempts admits nobody.
+    out, and a step that preempts admits nobody. ``reserve_full_prompt``: a prompt is admitted only while blocks for all
+    of it are free, though it takes them chunk by chunk (``scheduler_reserve_full_isl``, on by default in vLLM 0.19).
     """
 
-    def __init__(self, chunked_prefill: bool = True, long_prefill_token_threshold: int = 0) -> None:
+    def __init__(
+        self,
+        chunked_prefill: bool = True,
+        long_prefill_token_threshold: int = 0,
+        reserve_full_prompt: bool = False,
+    ) -> None:
         self.chunked_prefill = chunked_prefill
         self.threshold = long_prefill_token_threshold
+        self.reserve_full_prompt = reserve_full_prompt
 
     def fill(self, batch: Batch) -> None:
         limits = batch.limits
@@ -127,7 +134,9 @@ class TokenBudget:
             tokens = min(self._capped(wanted), budget)
             if not budget or batch.num_running >= limits.max_num_seqs or (wanted > budget and not self.chunked_prefill):
                 break
-            if not batch.admit(request, tokens):
+            size = limits.block_size
+            later = -(-wanted // size) - -(-tokens // size) if self.reserve_full_prompt else 0
+            if not batch.admit(request, tokens, keep_free_blocks=later):
                 break
             budget -= tokens
 

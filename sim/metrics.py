@@ -1,7 +1,7 @@
-"""From timestamps to figures: distributions, SLO attainment, goodput, cost. Pure functions, nothing accumulated.
+"""From timestamps to figures: latency, SLO attainment, goodput, cost. Pure functions, nothing accumulated.
 
 Start with ``summarise``. Latency distributions are over completed requests; SLO attainment is over all of them,
-so that rejected, failed and unfinished requests count as misses.
+so that rejected, failed and unfinished requests count as misses. Energy and utilisation are in ``usage``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sim.policy import Problem
 from sim.record import Result
 from sim.types import Slo
+from sim.usage import energy, mfu, per, replica_figures
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 LATENCIES = ("ttft_s", "tpot_s", "e2e_s", "queue_s", "prefill_s", "transfer_s", "decode_s")
@@ -90,13 +92,18 @@ def attainment_curve(columns: Columns, slo: Slo, scales: Sequence[float]) -> lis
 
 
 def summarise(
-    result: Result, slo: Slo | None = None, *, usd_per_hour: float | None = None, itl: bool = False
+    result: Result,
+    slo: Slo | None = None,
+    *,
+    usd_per_hour: float | None = None,
+    problem: Problem | None = None,
+    itl: bool = False,
 ) -> dict[str, Any]:
     """All figures of a run as one JSON-ready object; ``None`` means undefined or unknown.
 
     ``usd_per_hour`` is the price of the whole cluster, idle GPUs included. Throughputs are over the makespan
-    (first arrival to last completion) and count completed requests. ``itl`` adds the distribution of every
-    gap between tokens, which costs time linear in the tokens.
+    (first arrival to last completion) and count completed requests. Energy and MFU need the ``problem``. ``itl``
+    adds the distribution of every gap between tokens, which costs time linear in the tokens.
     """
     columns = result.columns
     done = columns["outcome"] == "completed"
@@ -110,15 +117,18 @@ def summarise(
         "normalised_latency_s": distribution(columns["e2e_s"][done] / columns["output_tokens"][done]),
         "input_tokens": int(columns["input_tokens"][done].sum()),
         "output_tokens": tokens,
-        "requests_per_s": _per(int(done.sum()), result.makespan_s),
-        "output_tokens_per_s": _per(tokens, result.makespan_s),
+        "requests_per_s": per(int(done.sum()), result.makespan_s),
+        "output_tokens_per_s": per(tokens, result.makespan_s),
         "slo": slo_figures(columns, slo or Slo(), result.makespan_s),
         **cost(tokens, result.makespan_s, usd_per_hour),
         "preemptions": int(columns["preemptions"].sum()),
         "cached_tokens": int(columns["cached_tokens"].sum()),
         "bytes_moved": int(columns["bytes_moved"].sum()),
+        **energy(result, problem),
+        "mfu": mfu(result, problem),
         **_provenance(result),
-        "simulated_requests_per_s": _per(len(done), result.wall_s),
+        "replicas": replica_figures(result, problem),
+        "simulated_requests_per_s": per(len(done), result.wall_s),
         "simpy_events": result.events,
         "wall_s": result.wall_s,
     }
@@ -136,8 +146,8 @@ def slo_figures(columns: Columns, slo: Slo, makespan_s: float) -> dict[str, Any]
         "target": slo.attainment,
         **shares,
         "reached": None if shares["attainment"] is None else shares["attainment"] >= slo.attainment,
-        "goodput_per_s": _per(int(good.sum()), makespan_s),
-        "goodput_tokens_per_s": _per(int(columns["output_tokens"][good].sum()), makespan_s),
+        "goodput_per_s": per(int(good.sum()), makespan_s),
+        "goodput_tokens_per_s": per(int(columns["output_tokens"][good].sum()), makespan_s),
     }
 
 
@@ -149,6 +159,34 @@ def cost(output_tokens: int, makespan_s: float, usd_per_hour: float | None) -> d
         "cluster_usd_per_hour": usd_per_hour,
         "usd_per_million_tokens": usd / output_tokens * 1e6 if known else None,
     }
+
+
+# ---------------------------------------------------------------- several seeds
+
+
+class Estimate(NamedTuple):
+    """A mean over independent runs, and half the width of its confidence interval (``None`` for one run)."""
+
+    mean: float
+    half_width: float | None
+    runs: int
+
+
+def estimate(values: ArrayLike, level: float = 0.95) -> Estimate | None:
+    """Mean with Student's t interval; NaN is left out, ``None`` if nothing is left."""
+    from scipy.special import stdtrit
+
+    array = np.asarray(values, dtype=float)
+    array = array[~np.isnan(array)]
+    if not array.size:
+        return None
+    if array.size == 1:
+        return Estimate(float(array[0]), None, 1)
+    error = array.std(ddof=1) / np.sqrt(array.size)
+    return Estimate(float(array.mean()), float(stdtrit(array.size - 1, 0.5 + level / 2) * error), int(array.size))
+
+
+# ---------------------------------------------------------------- counts
 
 
 def _counts(columns: Columns) -> dict[str, Any]:
@@ -169,13 +207,4 @@ def _provenance(result: Result) -> dict[str, Any]:
         "measured": all(row.measured for row in replicas),
         "unmeasured_gpus": sorted({row.gpu for row in replicas if not row.measured}),
         "extrapolated_share": result.extrapolated_share,
-        "replicas": [
-            {"replica": row.replica, "role": row.role, "gpu": row.gpu, "tp": row.tp, "pp": row.pp,
-             "busy_share": _per(row.busy_s, result.makespan_s)}
-            for row in replicas
-        ],
-    }  # fmt: skip
-
-
-def _per(amount: float, seconds: float) -> float | None:
-    return amount / seconds if seconds > 0 else None
+    }

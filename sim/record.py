@@ -96,6 +96,11 @@ class ReplicaRow(NamedTuple):
     busy_s: float
     stage_busy_s: tuple[float, ...]
     measured: bool
+    stage_tp: tuple[int, ...]
+    """GPUs of each stage: ``gpus`` names them in order of the stages."""
+    up_s: float
+    down_s: float | None
+    """None: up until the end."""
 
 
 class NoteRow(NamedTuple):
@@ -224,10 +229,15 @@ class Result:
         """When each output token of a request (by id) was emitted."""
         return list(self._token_times(self._row_of[request]))
 
+    def token_gaps_s(self) -> list[NDArray[Any]]:
+        """The gaps between consecutive tokens of each request, in order of request id."""
+        return [
+            np.diff(np.array(list(self._token_times(row)), dtype=np.int64)) / PS_PER_S for row in self.rows.requests
+        ]
+
     def itl_s(self) -> NDArray[Any]:
         """Every gap between consecutive tokens of a request, over all requests."""
-        gaps = [np.diff(np.array(list(self._token_times(row)), dtype=np.int64)) for row in self.rows.requests]
-        return np.concatenate(gaps) / PS_PER_S if gaps else np.empty(0)
+        return np.concatenate([np.empty(0), *self.token_gaps_s()])
 
     def log(self) -> bytes:
         """Everything that happened to requests, as integers: equal runs give equal bytes."""

@@ -16,12 +16,15 @@ class KeepPlan:
 
 
 class RestorePlan:
-    """As an operator would: when GPUs come back, bring back the replicas of the plan that need them."""
+    """As an operator would: when GPUs come back, bring back the replicas of the plan that need them.
+
+    The plan is the given one, or what stood at the first signal.
+    """
 
     interval_s: float | None = None
 
-    def __init__(self) -> None:
-        self._plan: Plan | None = None
+    def __init__(self, plan: Plan | None = None) -> None:
+        self._plan = plan
 
     def react(self, signal: Signal, view: View) -> Change | None:
         self._plan = self._plan or view.plan

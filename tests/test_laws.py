@@ -6,6 +6,7 @@ Also: requests in = requests out, ledgers end empty, equal seeds give equal byte
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,17 @@ from hypothesis import strategies as st
 
 from sim import SYSTEMS, ClusterEvent, Request, Result, System
 from sim.predictors import TrueLength
+from sim.systems.splitwise import Repurpose
 from tests.toys import ToyCost, cluster, problem, run, with_limits
 
 SPLIT = {"prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 2, "tp": 1}}
+
+
+def eager_repurposing(system: System) -> System:
+    """Machines that were mixed at two of the last three ticks change their role."""
+    return replace(system, rescheduler=lambda: Repurpose(window_s=0.3, interval_s=0.1))
+
+
 SETTINGS: dict[str, Callable[[], System]] = {
     "vllm v1": lambda: SYSTEMS["vllm"](replicas=2, tp=1),
     "vllm v1 long prompts capped": lambda: SYSTEMS["vllm"](replicas=1, tp=2, long_prefill_token_threshold=48),
@@ -31,6 +40,13 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "sarathi-serve split": lambda: SYSTEMS["sarathi-serve"](token_budget=64, **SPLIT),
     "splitwise": lambda: SYSTEMS["splitwise"](prompt_queue_tokens=300, **SPLIT),
     "splitwise serial": lambda: SYSTEMS["splitwise"](transfer="serial", prompt_queue_tokens=2000, **SPLIT),
+    "splitwise late status, capped": lambda: SYSTEMS["splitwise"](
+        prompt_queue_tokens=300, status_delay_s=0.2, power_capped=["n1"], **SPLIT
+    ),
+    "splitwise repurposing": lambda: eager_repurposing(SYSTEMS["splitwise"](prompt_queue_tokens=200, **SPLIT)),
+    "splitwise as splitwise-sim": lambda: SYSTEMS["splitwise"](
+        prompt_queue_tokens=300, compat="splitwise_sim", **SPLIT
+    ),
 }
 """Every system in every mode that schedules differently; a new system adds its own lines."""
 

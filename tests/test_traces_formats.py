@@ -54,6 +54,12 @@ EXAMPLES = [
         [(0.0, 3772, 54), (0.0, 2015, 156)],
     ),
     (
+        "sharegpt",
+        ".json",
+        '[{"id": "a", "conversations": [{"from": "human", "value": "12345678"}, {"from": "gpt", "value": "1234"}]}]',
+        [(0.0, 2, 1)],
+    ),
+    (
         "phasewise",
         ".csv",
         "arrival_s,input_tokens,output_tokens\n0.5,10,2\n0.75,20,3\n",
@@ -89,7 +95,8 @@ def test_a_trace_file_is_a_stream_of_requests(tmp_path):
 def test_every_format_is_recognised_and_read(tmp_path, name, suffix, text, expected):
     path = saved(tmp_path, text, "trace" + suffix)
     assert guess_format(path) == name
-    found = [(request.arrival_s, request.input_tokens, request.output_tokens) for request in read(path)]
+    options = {"characters_per_token": 4} if name == "sharegpt" else {}
+    found = [(request.arrival_s, request.input_tokens, request.output_tokens) for request in read(path, **options)]
     assert found == expected
 
 
@@ -141,6 +148,19 @@ def test_azure_dates_with_fractions_and_zones(tmp_path, written, arrival_s):
 def test_what_is_not_a_date_is_refused(tmp_path, written):
     text = f"TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.0000000,1,1\n{written},1,1\n"
     assert refused(saved(tmp_path, text)).startswith(f"FILE:3: field TIMESTAMP is '{written}'; expected a time such as")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "FILE: the file fits no known format (found )"),
+        ('[{"a": 1}]', "FILE: the file fits no known format (found a)"),
+        ('{"timestamp": ', "FILE: item 1 is '{\"timestamp\": '; expected JSON"),
+        (" \n", "FILE: the file is empty; expected a trace"),
+    ],
+)
+def test_json_that_is_no_trace(tmp_path, text, message):
+    assert refused(saved(tmp_path, text, "trace.json")).startswith(message)
 
 
 def test_requests_without_tokens_are_left_out_and_counted(tmp_path):

@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.types import ConfigError, Request
-from traces import TraceSource, between, clamp_context, limit, renumber, scale_time, with_rate
+from traces import (
+    RequestClass,
+    TraceSource,
+    between,
+    by_arrival,
+    clamp_context,
+    limit,
+    mix,
+    renumber,
+    scale_time,
+    with_rate,
+)
 
 
 def trace(*lengths: tuple[int, int]) -> list[Request]:
@@ -100,9 +111,60 @@ def test_nothing_too_long_passes_and_nothing_is_lost(lengths, max_model_len, rul
     assert all(a.arrival_s <= b.arrival_s for a, b in pairwise(passed))
 
 
+def test_classes_are_mixed_in_order_of_arrival():
+    chat = [Request(id=i, arrival_s=i, input_tokens=5, output_tokens=5) for i in range(3)]
+    batch = [Request(id=0, arrival_s=1.0, input_tokens=900, output_tokens=9)]
+    mixed = mix([RequestClass(name="batch", requests=batch), RequestClass(name="chat", requests=chat, priority=-1)])
+    assert [(r.id, r.arrival_s, r.klass, r.priority, r.input_tokens) for r in mixed] == [
+        (0, 0.0, "chat", -1, 5),
+        (1, 1.0, "batch", 0, 900),
+        (2, 1.0, "chat", -1, 5),
+        (3, 2.0, "chat", -1, 5),
+    ]
+
+
+def test_sessions_and_prefixes_of_classes_are_kept_apart():
+    request = Request(
+        id=0, arrival_s=0, input_tokens=32, output_tokens=1, session="s", prefix=(1, 2), prefix_block_tokens=16
+    )
+    same = list(mix([RequestClass(name="a", requests=[request, request])]))
+    assert same[0].prefix == same[1].prefix
+    two = list(mix([RequestClass(name=name, requests=[request]) for name in ("a", "b")]))
+    assert [r.session for r in two] == ["a/s", "b/s"]
+    assert not set(two[0].prefix) & set(two[1].prefix)
+
+
+def test_mixing_is_lazy():
+    mixed = mix([RequestClass(name=name, requests=endless()) for name in "ab"])
+    assert [r.klass for r in islice(mixed, 4)] == ["a", "b", "a", "b"]
+
+
+@given(st.lists(st.lists(st.floats(0, 100), max_size=10).map(sorted), min_size=1, max_size=4))
+def test_mixing_loses_nothing(classes):
+    streams = [
+        RequestClass(
+            name=str(k),
+            requests=[Request(id=i, arrival_s=t, input_tokens=k + 1, output_tokens=1) for i, t in enumerate(times)],
+        )
+        for k, times in enumerate(classes)
+    ]
+    mixed = list(mix(streams))
+    assert [r.id for r in mixed] == list(range(len(mixed)))
+    assert sorted((r.arrival_s, r.input_tokens) for r in mixed) == [(r.arrival_s, r.input_tokens) for r in mixed]
+    assert len(mixed) == sum(map(len, classes))
+
+
+def test_by_arrival_sorts_and_numbers():
+    requests = [Request(id=i, arrival_s=t, input_tokens=i + 1, output_tokens=1) for i, t in enumerate([2.0, 0.0, 1.0])]
+    assert [(r.id, r.arrival_s, r.input_tokens) for r in by_arrival(requests)] == [(0, 0, 2), (1, 1, 3), (2, 2, 1)]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: mix([]), "classes to mix: none; expected at least one"),
+        (lambda: mix([RequestClass(name="a", requests=[])] * 2), "classes to mix: a, a; .* with different names"),
+        (lambda: RequestClass(name="a\nb", requests=[]), "expected a name of one line"),
         (lambda: limit([], 0), "limit is 0"),
         (lambda: between([], 5, 5), "expected 0 <= start_s < end_s"),
         (lambda: scale_time([], 0), "factor is 0; expected a finite number > 0"),

@@ -133,6 +133,7 @@ def _download(trace: PublicTrace, partial: Path, progress: Progress | None, time
             resumed = _receive(trace, partial, have, progress, timeout_s)
             why = "the connection was cut" + ("" if resumed else ", and the server cannot continue (it ignores Range)")
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
                 partial.unlink()
             raise ConfigError(f"{trace.url}: the server answers {error.code} {error.reason}; try again later") from None

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 Progress = Callable[[int, int], object]
 """Called with the bytes done so far, and the bytes there are."""
 
-READ_BYTES = 2**20  # read at once where somebody watches the progress
+TELL_BYTES = 2**18  # between two calls of a Progress
 LONGEST_CELL = 2**26  # Python's csv module stops at 131,072 characters: too few for a long prompt's hashes
 
 
@@ -100,11 +100,10 @@ def parquet_rows(
 
 
 def open_text(path: Path, progress: Progress | None, newline: str | None = None) -> TextIO:
-    """A text file, a byte-order mark ignored; ``progress`` is told of every ``READ_BYTES``."""
+    """A text file, a byte-order mark ignored; ``progress`` is told of every ``TELL_BYTES``, and of the end."""
     if progress is None:
         return path.open(newline=newline, encoding="utf-8-sig")
-    watched = io.BufferedReader(_Watched(path, progress), READ_BYTES)
-    return io.TextIOWrapper(watched, newline=newline, encoding="utf-8-sig")
+    return io.TextIOWrapper(io.BufferedReader(_Watched(path, progress)), newline=newline, encoding="utf-8-sig")
 
 
 class _Watched(io.FileIO):
@@ -112,12 +111,15 @@ class _Watched(io.FileIO):
 
     def __init__(self, path: Path, progress: Progress) -> None:
         super().__init__(path)
-        self.progress, self.done, self.size = progress, 0, path.stat().st_size
+        self.progress, self.size = progress, path.stat().st_size
+        self.done = self.told = 0
 
     def readinto(self, buffer: Any) -> int | None:
         read = super().readinto(buffer)
         self.done += read or 0
-        self.progress(self.done, self.size)
+        if not read or self.done >= self.told + TELL_BYTES:
+            self.told = self.done
+            self.progress(self.done, self.size)
         return read
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ def latency_cdfs(runs: Mapping[str, Run], slo: Slo) -> Drawing:
     with styled():
         figure = Figure(figsize=(12, 4), layout="constrained")
         for axes, metric in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True):
-            draw_cdf(axes, table, metric, getattr(slo, metric))
+            draw_cdf(axes, table, runs, metric, getattr(slo, metric))
         figure.axes[0].set_ylabel("completed requests (%)")
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(runs))
     return Drawing(figure, table)
@@ -45,10 +45,10 @@ def cdf_table(runs: Mapping[str, Run]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", "metric", "share", "seconds"])
 
 
-def draw_cdf(axes: Axes, table: pd.DataFrame, metric: str, bound_s: float | None) -> None:
-    """One panel from the table of ``cdf_table``."""
+def draw_cdf(axes: Axes, table: pd.DataFrame, names: Iterable[str], metric: str, bound_s: float | None) -> None:
+    """One panel from the table of ``cdf_table``; a run without completed requests keeps its place in the legend."""
     rows = table[table["metric"] == metric]
-    for name, style in run_styles(table["run"].unique()).items():
+    for name, style in run_styles(names).items():
         line = rows[rows["run"] == name]
         axes.plot(line["seconds"], line["share"], **style)
     title, label = METRICS[metric]

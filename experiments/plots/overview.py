@@ -29,8 +29,8 @@ def overview(runs: Mapping[str, Run], slo: Slo, title: str) -> Drawing:
         figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
         grid = GridSpec(2, 12, figure=figure, height_ratios=(1, 1))
         upper = [figure.add_subplot(grid[0, start : start + 4]) for start in (0, 4, 8)]
-        draw_cdf(upper[0], latencies, "ttft_s", slo.ttft_s)
-        draw_cdf(upper[1], latencies, "tpot_s", slo.tpot_s)
+        draw_cdf(upper[0], latencies, runs, "ttft_s", slo.ttft_s)
+        draw_cdf(upper[1], latencies, runs, "tpot_s", slo.tpot_s)
         draw_attainment(upper[2], attainment_table(runs, slo), slo)
         upper[0].set_ylabel("completed requests (%)")
         draw_bars(figure.add_subplot(grid[1, :2]), bars, "goodput_per_s", "Goodput", "requests/s within SLO", ".2f")

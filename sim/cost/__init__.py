@@ -1,18 +1,27 @@
 """How long a step takes: ``StepCost`` binds to a stage and prices its work in integer picoseconds.
 
 Read ``step.py`` for the contract and the law, ``roofline.py`` for the analytic model, ``fitted.py`` for
-profiles, ``pieces.py`` for the integer functions behind both, ``links.py`` for collectives and the KV codec.
+profiles, ``kernels.py`` for models built from kernel tables, ``tables.py`` for what a profile measures,
+``pieces.py`` for the integer functions behind both, ``links.py`` for collectives and the KV codec.
 """
 
-from sim.cost.fitted import Fitted, Grid, HeldOut, Profile, ProfileEntry, Provenance, Table
+from sim.cost.capped import PowerCapped
+from sim.cost.fitted import Fitted, Profile, Provenance
+from sim.cost.kernels import AttentionTable, GemmTable, Kernels
 from sim.cost.links import codec_seconds, collective_seconds
-from sim.cost.roofline import Roofline
+from sim.cost.roofline import Overhead, Roofline
 from sim.cost.step import StageCost, StepCost, advanced, seconds
+from sim.cost.tables import Grid, HeldOut, ProfileEntry, Table
 
 __all__ = [
+    "AttentionTable",
     "Fitted",
+    "GemmTable",
     "Grid",
     "HeldOut",
+    "Kernels",
+    "Overhead",
+    "PowerCapped",
     "Profile",
     "ProfileEntry",
     "Provenance",

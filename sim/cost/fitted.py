@@ -2,110 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from math import ceil, isfinite
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
 
 from sim.cluster import Cluster
+from sim.cost.kernels import Kernels
 from sim.cost.pieces import Curve, Row, Surface, chained, surface
-from sim.cost.roofline import Rates, Roofline, kv_read_ps, pair_ps
+from sim.cost.roofline import Overhead, Rates, Roofline, kv_read_ps, pair_ps
 from sim.cost.step import Composed, Fixed, Operators
+from sim.cost.tables import Grid, ProfileEntry, Table
 from sim.model import ModelSpec
-from sim.types import PS_PER_S, ConfigError, Stage
-
-Per = Literal["layer", "model"]
-"""What a table's seconds are for: one layer, or all layers of the model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Measured seconds by a count: tokens, or sequences. Held below the first count."""
-
-    counts: tuple[int, ...]
-    seconds: tuple[float, ...]
-    per: Per = "model"
-
-    def __post_init__(self) -> None:
-        _check_axis("counts", self.counts, least=2)
-        _check_row(self.seconds, len(self.counts))
-        if any(b < a for a, b in pairwise(self.seconds)):
-            raise ConfigError("seconds fall while counts rise; fit a monotone table")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
-    """Measured seconds by a count (chunk tokens, or decoding sequences) and a context (before the chunk, or mean).
-
-    Linear between the counts and contexts given, held below the first of each; where a row falls, or gains
-    less with the context than the row of a smaller count, it is levelled (prices must rise in both).
-    """
-
-    counts: tuple[int, ...]
-    contexts: tuple[int, ...]
-    seconds: tuple[tuple[float, ...], ...]
-    per: Per = "model"
-
-    def __post_init__(self) -> None:
-        _check_axis("counts", self.counts, least=2)
-        _check_axis("contexts", self.contexts, least=2)
-        if len(self.seconds) != len(self.counts):
-            raise ConfigError(f"seconds has {len(self.seconds)} rows; it needs one per count, {len(self.counts)}")
-        for row in self.seconds:
-            _check_row(row, len(self.contexts))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOut:
-    """Error on measurements that the fit did not see, in shares of the measured time."""
-
-    mape: float
-    largest: float
-    points: int
-
-
-INCLUDABLE = ("collective", "embedding", "head", "overhead")
-"""Operators that a profile's ``linear`` may contain."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileEntry:
-    """Measured operators of one model on one GPU type at one tensor-parallel degree.
-
-    ``gpus``: the catalogue names it may be used on; no other is taken, however near its name. ``linear``: what
-    depends on the tokens of a step. ``head``: what depends on its sequences, whole, charged to the last
-    stage whatever its ``per``. ``attention_mixed``: what decodes add to a step that has chunks as well; absent, they
-    cost what they cost alone. ``included``: operators that ``linear`` contains already. An operator that is
-    neither given nor included is priced by the roofline.
-    """
-
-    gpus: tuple[str, ...]
-    model: str
-    num_layers: int
-    tp: int
-    dtypes: tuple[str, ...]
-    linear: Table
-    head: Table | None = None
-    collective: Table | None = None
-    attention_prefill: Grid | None = None
-    attention_decode: Grid | None = None
-    attention_mixed: Grid | None = None
-    overhead_s: float | None = None
-    included: frozenset[str] = frozenset()
-    held_out: Mapping[str, HeldOut] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        unknown = self.included - set(INCLUDABLE)
-        if unknown:
-            raise ConfigError(f"{self.model}: included names {min(unknown)!r}; known: {', '.join(INCLUDABLE)}")
-        for name in self.included:
-            if getattr(self, "overhead_s" if name == "overhead" else name, None) is not None:
-                raise ConfigError(f"{self.model}: {name} is given and included in linear; drop one of the two")
-        if self.tp < 1 or self.num_layers < 1 or not self.gpus or not self.dtypes:
-            raise ConfigError(f"{self.model}: gpus and dtypes must not be empty, tp and num_layers must be >= 1")
-        if self.overhead_s is not None and not (isfinite(self.overhead_s) and self.overhead_s >= 0):
-            raise ConfigError(f"{self.model}: overhead_s is {self.overhead_s}; it must be a number >= 0")
+from sim.types import PS_PER_S, ConfigError, Stage, to_ps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,23 +30,27 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Measured operators and where they come from."""
+    """Measured operators and where they come from: of models (``entries``), or of GPUs for any model (``kernels``)."""
 
     name: str
     provenance: Provenance
-    entries: tuple[ProfileEntry, ...]
+    entries: tuple[ProfileEntry, ...] = ()
+    kernels: tuple[Kernels, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
     """Uses the first entry that matches a stage's GPU type, model, tensor-parallel degree and dtype exactly.
 
-    A stage without one, and every operator that an entry lacks, takes the fallback. Beyond the measured range an
+    Without one, the first kernel tables of its GPU type and dtype make one; they also give an entry the collective
+    that it lacks. ``overhead``: the serving engine's, instead of what entries or the fallback say. A stage without an
+    entry, and every operator that an entry lacks, takes the fallback. Beyond the measured range an
     operator grows by its last slope or the fallback's, whichever is more, and its lines say ``extrapolated``.
     """
 
     profiles: Sequence[Profile]
     fallback: Roofline = Roofline()
+    overhead: Overhead | None = None
     name: str = "fitted"
 
     def bind(self, model: ModelSpec, stage: Stage, cluster: Cluster, slow: float = 1.0) -> Composed:
@@ -151,18 +63,34 @@ class Fitted:
             )
         guess = self.fallback.operators(model, stage, cluster, slow)
         rates = self.fallback.rates(model, stage, cluster, slow)
-        return Composed(_measured(entry, guess, _Scale(model, stage, rates, slow)), measured=True)
+        operators = _measured(entry, guess, _Scale(model, stage, rates, slow))
+        if self.overhead is not None:
+            part = slow if stage.first_layer == 0 else 0.0
+            operators = replace(
+                operators,
+                overhead_ps=to_ps(self.overhead.step_s * part),
+                sequence_ps=to_ps(self.overhead.sequence_s * part),
+            )
+        return Composed(operators, measured=True)
 
     def entry(self, model: ModelSpec, stage: Stage, cluster: Cluster) -> ProfileEntry | None:
         """The entry that a stage would use, or None (always for weight-only quantized models, or another KV dtype)."""
         if model.weight_bytes_per_param is not None or model.kv_dtype is not None:
             return None
         names = {cluster.gpu(gpu_id).name.lower() for gpu_id in stage.gpus}
+        built = self._built(model, stage, cluster, names)
         for entry in (entry for profile in self.profiles for entry in profile.entries):
             if entry.model.lower() != model.name.lower() or entry.tp != stage.tp or model.dtype not in entry.dtypes:
                 continue
             if any(names == {gpu.lower()} for gpu in entry.gpus):
-                return entry
+                lacks = built is not None and entry.collective is None and "collective" not in entry.included
+                return replace(entry, collective=built.collective) if lacks and built else entry
+        return built
+
+    def _built(self, model: ModelSpec, stage: Stage, cluster: Cluster, names: set[str]) -> ProfileEntry | None:
+        for kernels in (kernels for profile in self.profiles for kernels in profile.kernels):
+            if model.dtype in kernels.dtypes and any(names == {gpu.lower()} for gpu in kernels.gpus):
+                return kernels.entry(model, stage.tp, cluster.gpu(stage.gpus[0]))
         return None
 
 
@@ -233,15 +161,3 @@ def _decode_rows(table: Surface) -> Callable[[int], Row]:
         return chained(knots, round(value), [round(slope) for slope in slopes], seqs, table.beyond(seqs))
 
     return row
-
-
-def _check_axis(name: str, axis: tuple[int, ...], *, least: int) -> None:
-    if len(axis) < least or axis[0] < 0 or any(b <= a for a, b in pairwise(axis)):
-        raise ConfigError(f"{name} {list(axis)}: needs at least {least} whole numbers >= 0, each larger than the last")
-
-
-def _check_row(row: tuple[float, ...], length: int) -> None:
-    if len(row) != length:
-        raise ConfigError(f"seconds has {len(row)} values; it needs {length}")
-    if not all(isfinite(value) and value >= 0 for value in row):
-        raise ConfigError(f"seconds {list(row)}: every value must be a number >= 0")

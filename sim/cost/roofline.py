@@ -18,6 +18,23 @@ COLLECTIVES_PER_LAYER = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Overhead:
+    """What a serving engine adds to a step outside its kernels: once, and for every sequence in it.
+
+    Scheduling, launches, preparing inputs, taking samples back. Nearly nothing where the processor prepares a step while
+    the GPU works on the last one (asynchronous scheduling).
+    """
+
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not 0 <= getattr(self, field.name) < inf:
+                raise ConfigError(f"overhead: {field.name} is {getattr(self, field.name)}; it must be a number >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
     """Efficiencies are shares of the peak, medians of vLLM kernels in NVIDIA's aiconfigurator tables.
 
@@ -61,6 +78,7 @@ class Roofline:
             embedding=_embedding(model, rates) if first else _nothing,
             head=_head(model, rates) if last else _nothing,
             overhead_ps=round(self.overhead_s * slow * PS_PER_S) if first else 0,
+            sequence_ps=0,
             chunk=_chunk_rows(model, stage, rates),
             decode=decode,
             mixed=decode,

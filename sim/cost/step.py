@@ -63,7 +63,7 @@ class Operators:
     """What a step on one stage is made of. Each function rises in its count; rows rise in it and in the context.
 
     ``chunk`` and ``decode`` price attention: of a chunk of so many tokens by the context before it, and of
-    so many decoding sequences by the sum of their contexts; ``mixed`` prices the latter in a step that also has
+    so many decoding sequences by the sum of their contexts. ``sequence_ps``: overhead of each sequence. ``mixed`` prices the latter in a step that also has
     chunks, where engines run one kernel for both that suits decodes less.
     """
 
@@ -72,6 +72,7 @@ class Operators:
     embedding: Fixed
     head: Fixed
     overhead_ps: int
+    sequence_ps: int
     chunk: Callable[[int], Row]
     decode: Callable[[int], Row]
     mixed: Callable[[int], Row]
@@ -131,4 +132,5 @@ class Composed:
             operators.embedding(tokens),
             operators.head(seqs),
         ]
-        return operators.overhead_ps + sum(ps for ps, _ in prices), any(beyond for _, beyond in prices)
+        overhead_ps = operators.overhead_ps + seqs * operators.sequence_ps
+        return overhead_ps + sum(ps for ps, _ in prices), any(beyond for _, beyond in prices)

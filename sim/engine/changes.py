@@ -7,13 +7,14 @@ loads its weights over the host link once its GPUs are free.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sim.engine.clock import Alarm
 from sim.engine.job import Job
+from sim.engine.links import Flow
 from sim.engine.replica import ReplicaState
 from sim.engine.setup import bind_cost, check_plan
 from sim.record import NoteRow
@@ -21,6 +22,9 @@ from sim.types import Change, ClusterEvent, ConfigError, Plan, Replica, Signal, 
 
 if TYPE_CHECKING:
     from sim.engine.run import Engine
+
+MAX_IDLE_TICKS = 1000
+"""A rescheduler that has let so many ticks pass while nothing else could happen will not save the run."""
 
 
 class Changes:
@@ -33,7 +37,8 @@ class Changes:
         self.lost: set[str] = set()
         self.slow: dict[str, float] = {}
         self.loading: dict[str, Replica] = {}  # waiting for GPUs or weights
-        self.loads: dict[str, int] = {}  # stages whose weights are still on their way
+        self.loads: dict[str, dict[str, Flow]] = {}  # per loading replica: stages whose weights are on their way
+        self.idle_ticks = 0
         self.stranded: list[Job] = []
 
     # ------------------------------------------------------------ signals
@@ -62,10 +67,13 @@ class Changes:
         )
 
     def _tick(self, _: Alarm) -> None:
+        clock = self.engine.clock
         if self.engine.unfinished:
             assert self.rescheduler.interval_s is not None
             self._react("tick", ())
-            self.engine.clock.at(self.engine.clock.now_ps + to_ps(self.rescheduler.interval_s), self._tick)
+            self.idle_ticks = self.idle_ticks + 1 if clock.nothing_left() else 0
+            if self.idle_ticks < MAX_IDLE_TICKS:
+                clock.at(clock.now_ps + to_ps(self.rescheduler.interval_s), self._tick)
 
     def _happen(self, alarm: Alarm) -> None:
         event: ClusterEvent = alarm.subject
@@ -129,8 +137,7 @@ class Changes:
             if set(gpus) & set(replica.gpus):
                 displaced += self.take_down(replica)
         for name in [name for name, spec in self.loading.items() if set(gpus) & set(spec.gpus)]:
-            del self.loading[name]
-            self.loads.pop(name, None)
+            self._drop_load(name)
         self.show(plan)
         self._react("lost", gpus)
         self._settle_in(displaced)
@@ -167,9 +174,11 @@ class Changes:
         job.start_over()
 
     def _settle_in(self, jobs: list[Job]) -> None:
-        """Route displaced requests again; they wait if a replica is on its way up, and fail if none is."""
+        """Route displaced requests again, and those that wait for a replica; they (still) wait if one is on its way
+        up while none is there, and fail if none is."""
         engine = self.engine
         touched: dict[ReplicaState, None] = {}
+        jobs, self.stranded = self.stranded + jobs, []
         for job in sorted(jobs, key=lambda job: (job.arrival_ps, job.id)):
             if engine.view.replicas:
                 engine.unfinished -= 1
@@ -189,6 +198,7 @@ class Changes:
         check_plan(change.plan, engine.problem)
         self.note("change", change.reason)
         wanted = {spec.leg: spec for spec in change.plan.replicas}
+        self._revise_loads(wanted)
         displaced: list[Job] = []
         flipped: list[ReplicaState] = []
         for leg, replica in list(engine.by_leg.items()):
@@ -235,21 +245,33 @@ class Changes:
         for name, spec in self.loading.items():
             if name in self.loads or busy & set(spec.gpus):
                 continue
-            self.loads[name] = len(spec.stages)
+            self.loads[name] = {}
             for stage in spec.stages:
                 weight_bytes = engine.problem.model.weight_bytes(stage.first_layer, stage.end_layer)
-                engine.links.start(engine.problem.cluster.load_path(stage.gpus), weight_bytes, self._loaded, spec)
+                path = engine.problem.cluster.load_path(stage.gpus)
+                self.loads[name][stage.name] = engine.links.start(path, weight_bytes, self._loaded, (name, stage.name))
 
     def _loaded(self, alarm: Alarm) -> None:
-        spec: Replica = alarm.subject
-        if self.loading.get(spec.name) is not spec:
+        name, stage = alarm.subject
+        del self.loads[name][stage]
+        if self.loads[name]:
             return
-        self.loads[spec.name] -= 1
-        if self.loads[spec.name]:
-            return
-        del self.loads[spec.name], self.loading[spec.name]
-        self.engine.bring_up(spec)
-        self.note("up", spec.name)
+        del self.loads[name]
+        self.engine.bring_up(self.loading.pop(name))
+        self.note("up", name)
         self.show(self.engine.view.plan)
-        stranded, self.stranded = self.stranded, []
-        self._settle_in(stranded)
+        self._settle_in([])
+
+    def _revise_loads(self, wanted: Mapping[tuple[str, ...], Replica]) -> None:
+        """Stop loading what a new plan does not want any more."""
+        for name, spec in list(self.loading.items()):
+            new = wanted.get(spec.leg)
+            if new is not None and (new.name, new.stages) == (name, spec.stages):
+                self.loading[name] = new  # its role may be another
+            else:
+                self._drop_load(name)
+
+    def _drop_load(self, name: str) -> None:
+        del self.loading[name]
+        for flow in self.loads.pop(name, {}).values():
+            self.engine.links.cancel(flow)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from math import inf
 from heapq import heappush
 from typing import Any
 
@@ -34,6 +35,7 @@ class Alarm(Event):
     def cancel(self) -> None:
         """SimPy has no removal: the alarm stays queued and rings silently."""
         self.callbacks = []
+        self.subject = None
 
 
 class Clock:
@@ -58,6 +60,10 @@ class Clock:
     def nothing_else_now(self) -> bool:
         """No other alarm is due at this very instant."""
         return self._env.peek() > self._env._now
+
+    def nothing_left(self) -> bool:
+        """No alarm is due at any time."""
+        return self._env.peek() == inf
 
     def run(self, until_ps: int | None = None) -> None:
         """Run until no alarm is left, or up to (and without) ``until_ps``.

@@ -100,6 +100,7 @@ class ReplicaState:
         self.batcher = batcher
         self.limits = limits
         self._now_ps = now_ps
+        self.up_ps = now_ps()
         self.lanes = len(costs)
         self.stage_free_ps = [0] * len(costs)
         self.stage_busy_ps = [0] * len(costs)

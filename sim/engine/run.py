@@ -281,6 +281,7 @@ class Engine:
     def _boundary(self, alarm: Alarm) -> None:
         """A flight's last iteration ends."""
         replica, flight = alarm.subject
+        flight.alarm = None
         now_ps = self.clock.now_ps
         replica.progress(flight, flight.iterations, started=False)
         self._log_flight(replica, flight, now_ps)
@@ -396,7 +397,7 @@ class Engine:
     def put_away(self, replica: ReplicaState) -> None:
         """The replica is no more; keep what it measured."""
         del self.by_leg[replica.leg]
-        self._note_replica(replica)
+        self._note_replica(replica, to_s(self.clock.now_ps))
 
     def end_flights(self, replica: ReplicaState) -> None:
         """Stop what is in flight: iterations that ended count, the one under way is lost."""
@@ -412,14 +413,15 @@ class Engine:
     def _now_ps(self) -> int:
         return self.clock.now_ps
 
-    def _note_replica(self, replica: ReplicaState) -> None:
+    def _note_replica(self, replica: ReplicaState, down_s: float | None) -> None:
         gpus = replica.gpus
         busy_s = tuple(to_s(busy_ps) for busy_ps in replica.stage_busy_ps)
         self.rows.replicas.append(
             ReplicaRow(
                 replica.name, replica.role, " ".join(gpus), self.problem.cluster.gpu(gpus[0]).name,
                 replica.spec.stages[0].tp, len(replica.spec.stages), replica.total_blocks, max(busy_s), busy_s,
-                all(cost.measured for cost in replica.costs),
+                all(cost.measured for cost in replica.costs), tuple(stage.tp for stage in replica.spec.stages),
+                to_s(replica.up_ps), down_s,
             )
         )  # fmt: skip
         for cohort in replica.cohorts:
@@ -427,7 +429,7 @@ class Engine:
 
     def result(self, wall_s: float) -> Result:
         for replica in self.by_leg.values():
-            self._note_replica(replica)
+            self._note_replica(replica, None)
         return Result(
             self.rows,
             system=self.system.name,

@@ -17,6 +17,7 @@ def vllm(
     preemption: Literal["recompute", "swap"] = "recompute",
     chunked_prefill: bool = True,
     long_prefill_token_threshold: int = 0,
+    reserve_full_prompt: bool = False,
     replicas: int | None = None,
     tp: int | None = None,
     pp: int = 1,
@@ -38,7 +39,7 @@ def vllm(
     def batcher(role: Role) -> Batcher:
         if mode == "v0":
             return PrefillFirst(preemption)
-        return TokenBudget(chunked_prefill, long_prefill_token_threshold)
+        return TokenBudget(chunked_prefill, long_prefill_token_threshold, reserve_full_prompt)
 
     return System(
         name="vllm",

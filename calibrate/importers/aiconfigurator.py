@@ -1,0 +1,196 @@
+"""NVIDIA aiconfigurator's public kernel tables (vLLM backends) as kernel tables of one GPU type, for any dense model.
+
+``python -m calibrate.importers.aiconfigurator data/h100_sxm --out vllm-0.19-h100-sxm.json``
+
+PATH is a system's folder with ``gemm/vllm/VERSION``, ``attention/vllm/VERSION`` and ``comm/vllm/VERSION`` below it. Kept:
+16-bit GEMMs by (tokens, n, k) on a thinner grid, attention of 128-wide heads with a 16-bit cache and no window (prompts one
+at a time, without context; decodes by sequences and context), and the all-reduce that vLLM captures in graphs.
+Repeated rows are averaged by their median. Decodes too large to measure continue their row's last slope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+
+from calibrate import fit
+from calibrate.profile_file import write_profile
+from sim.cost import AttentionTable, GemmTable, Grid, HeldOut, Kernels, Profile, Provenance, Table
+from sim.types import ConfigError
+
+GPUS = {
+    "a100_sxm": ("A100-80G-SXM",),
+    "h100_sxm": ("H100-SXM",),
+    "h200_sxm": ("H200-SXM",),
+    "l40s": ("L40S",),
+    "rtx_pro_6000_server": ("RTX-PRO-6000",),
+}
+DTYPES = ("bfloat16", "float16")
+TOKENS = (1, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072)
+TOKENS += (4096, 8192, 16384)
+WIDTHS = (128, 256, 512, 1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 10240, 12288, 16384, 51200, 65536)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+CONTEXTS = (1, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+HEAD_DIM = 128
+MS = 1e-3
+
+
+def import_aiconfigurator(path: str | Path) -> Profile:
+    """The profile of one system's folder. ``ConfigError`` names the file or column that is amiss."""
+    folder = Path(path)
+    if folder.name not in GPUS:
+        raise ConfigError(f"{folder}: {folder.name!r} is not a system that is known; known: {', '.join(GPUS)}")
+    gemms, version = _read(folder, "gemm", "gemm_perf", ("gemm_dtype", "m", "n", "k"))
+    attention = ("num_heads", "num_key_value_heads", "head_dim", "kv_cache_dtype", "batch_size", "isl", "step")
+    prompts, _ = _read(folder, "attention", "context_attention_perf", attention)
+    decodes, _ = _read(folder, "attention", "generation_attention_perf", attention)
+    reduces, _ = _read(folder, "comm", "custom_allreduce_perf", ("num_gpus", "message_size", "kernel_source"))
+    gemm = gemm_table(gemms)
+    kernels = Kernels(
+        gpus=GPUS[folder.name],
+        dtypes=DTYPES,
+        gemm=gemm,
+        attention=attention_tables(_plain(prompts), _plain(decodes)),
+        all_reduce=all_reduce_tables(reduces),
+        held_out={"gemm_tokens": _held_tokens(gemm), "gemm_shapes": _held_shapes(gemm)},
+    )
+    name = f"vllm-{version.rpartition('.')[0]}-{GPUS[folder.name][0].lower()}"
+    return Profile(name=name, provenance=_provenance(version), kernels=(kernels,))
+
+
+def _provenance(version: str) -> Provenance:
+    return Provenance(
+        source="ai-dynamo/aiconfigurator 095f58a, systems/data",
+        licence="Apache-2.0",
+        date="2026",
+        tool="calibrate.importers.aiconfigurator",
+        engine=f"kernels of vLLM {version}",
+        method=(
+            "tables as measured, thinned; held_out: each inner token count (gemm_tokens) and each inner shape "
+            "(gemm_shapes) predicted from its neighbours"
+        ),
+    )
+
+
+def _read(folder: Path, kind: str, name: str, columns: Sequence[str]) -> tuple[pd.DataFrame, str]:
+    """The newest version's table, in seconds, and that version."""
+    files = sorted(folder.glob(f"{kind}/vllm/*/{name}.parquet"))
+    if not files:
+        raise ConfigError(f"{folder}: no {kind}/vllm/VERSION/{name}.parquet below it; copy the folder anew")
+    try:
+        rows = pd.read_parquet(files[-1])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{files[-1]}: cannot be read as Parquet ({error}); copy it anew") from None
+    missing = sorted({*columns, "latency"} - set(rows.columns))
+    if missing:
+        raise ConfigError(f"{files[-1]}: column {missing[0]!r} is missing; copy it anew")
+    if not (rows.latency > 0).all():
+        raise ConfigError(f"{files[-1]}: latency must be > 0 in every row; copy it anew")
+    return rows.assign(s=rows.latency * MS), files[-1].parent.name
+
+
+def gemm_table(rows: pd.DataFrame) -> GemmTable:
+    """16-bit GEMMs on the grid that ``TOKENS`` and ``WIDTHS`` share with the file; holes are filled geometrically."""
+    table = rows[rows.gemm_dtype == "bfloat16"].groupby(["n", "k", "m"]).s.median()
+    tokens = [count for count in TOKENS if count in table.index.levels[2]]
+    n, k = ([width for width in WIDTHS if width in table.index.levels[level]] for level in (0, 1))
+    cube = table.reindex(pd.MultiIndex.from_product([n, k, tokens])).to_numpy(copy=True).reshape(len(n), len(k), len(tokens))
+    for i, j in np.argwhere(np.isnan(cube).any(axis=2)):  # the largest square is not measured
+        cube[i, j] = cube[i - 1, j] * cube[i, j - 1] / cube[i - 1, j - 1]
+    return GemmTable(tokens=tuple(tokens), n=tuple(n), k=tuple(k), seconds=_nested(cube))
+
+
+def _plain(rows: pd.DataFrame) -> pd.DataFrame:
+    keep = (rows.head_dim == HEAD_DIM) & (rows.kv_cache_dtype == "bfloat16")
+    return rows[keep & (rows.window_size == 0)] if "window_size" in rows else rows[keep]
+
+
+def attention_tables(prompts: pd.DataFrame, decodes: pd.DataFrame) -> tuple[AttentionTable, ...]:
+    """One per pair of (heads, KV heads) that both files have."""
+    shape = ["num_heads", "num_key_value_heads"]
+    alone = prompts[prompts.batch_size == 1].groupby([*shape, "isl"]).s.median()
+    steps = decodes.assign(context=decodes.isl + decodes.step).groupby([*shape, "batch_size", "context"]).s.median()
+    pairs = sorted(set(alone.index.droplevel(2)) & set(steps.index.droplevel([2, 3])))
+    tables = []
+    for heads, kv_heads in pairs:
+        lengths, grid = alone[heads, kv_heads], steps[heads, kv_heads].unstack()
+        seconds = tuple(round(float(value), 9) for value in fit.rising(lengths.to_numpy(float)))
+        prefill = Table(counts=tuple(int(x) for x in lengths.index), seconds=seconds, per="layer")
+        decode = _decode_grid(grid)
+        tables.append(
+            AttentionTable(
+                heads=int(heads), kv_heads=int(kv_heads), head_dim=HEAD_DIM, prefill=prefill, decode=decode
+            )
+        )
+    return tuple(tables)
+
+
+def _decode_grid(grid: pd.DataFrame) -> Grid:
+    counts = [count for count in BATCHES if count in grid.index]
+    rows = []
+    for count in counts:
+        known = grid.loc[count].dropna()
+        x, y = known.index.to_numpy(float), fit.rising(known.to_numpy(float))
+        slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
+        at = np.array(CONTEXTS, float)
+        rows.append(np.where(at <= x[-1], np.interp(at, x, y), y[-1] + slope * (at - x[-1])))
+    seconds = tuple(tuple(round(float(value), 9) for value in row) for row in rows)
+    return Grid(counts=tuple(counts), contexts=CONTEXTS, seconds=seconds, per="layer")
+
+
+def all_reduce_tables(rows: pd.DataFrame) -> dict[int, Table]:
+    """vLLM's own all-reduce inside graphs, by bytes of the vector."""
+    graph = rows[rows.kernel_source == "vLLM_custom_graph"]
+    tables = {}
+    for count, group in graph.groupby("num_gpus"):
+        medians = group.groupby("message_size").s.median()
+        seconds = tuple(round(float(value), 9) for value in fit.rising(medians.to_numpy(float)))
+        tables[int(count)] = Table(counts=tuple(int(x) for x in medians.index), seconds=seconds)
+    return tables
+
+
+def _nested(cube: np.ndarray) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    return tuple(tuple(tuple(float(f"{value:.4g}") for value in row) for row in plane) for plane in cube)
+
+
+def _held_tokens(table: GemmTable) -> HeldOut:
+    cube, counts = np.array(table.seconds), np.array(table.tokens, float)
+    part = (counts[1:-1] - counts[:-2]) / (counts[2:] - counts[:-2])
+    between = cube[..., :-2] + part * (cube[..., 2:] - cube[..., :-2])
+    return fit.held_out(fit.errors(between, cube[..., 1:-1]).ravel())
+
+
+def _held_shapes(table: GemmTable) -> HeldOut:
+    """Each inner n, and each inner k, of shapes that a model has (1,024 and more)."""
+    logs = np.log(np.array(table.seconds))
+    shares = []
+    for axis, widths in enumerate((table.n, table.k)):
+        moved, x = np.moveaxis(logs, axis, 0), np.log(np.array(widths, float))
+        large = np.array(table.k if axis == 0 else table.n) >= 1024
+        for at in range(1, len(x) - 1):
+            if widths[at] > 1024:
+                part = (x[at] - x[at - 1]) / (x[at + 1] - x[at - 1])
+                guess = moved[at - 1] + part * (moved[at + 1] - moved[at - 1])
+                shares.append(fit.errors(np.exp(guess[large]), np.exp(moved[at][large])).ravel())
+    return fit.held_out(np.concatenate(shares))
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="a system's folder of aiconfigurator's data")],
+    out: Annotated[Path, typer.Option(help="the profile to write")],
+) -> None:
+    """Turn aiconfigurator's kernel tables into a profile."""
+    try:
+        write_profile(import_aiconfigurator(path), out)
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

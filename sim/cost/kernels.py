@@ -1,0 +1,215 @@
+"""Kernel tables of one GPU type, for any dense model: GEMMs by (tokens, n, k), attention by heads, all-reduce by bytes.
+
+``Kernels.entry`` puts a model together from them at one tensor-parallel degree. Kernels that the tables lack (norms, rope,
+activation, cache write, sampler) are small: they take a launch or their memory traffic.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import ceil, exp, log
+
+from sim.cluster import Gpu
+from sim.cost.tables import Grid, HeldOut, ProfileEntry, Table
+from sim.model import ModelSpec
+from sim.types import ConfigError
+
+SMALL_KERNEL_S = 2e-6
+"""A norm, rope, activation or cache write over few tokens: 1.9 to 2.6 us in LLMServingSim's vLLM 0.19 tables."""
+SMALL_KERNELS = 5
+"""Of a layer: two norms, rope, cache write, activation."""
+SAMPLER_S, SAMPLER_BYTES = 25e-6, 10
+"""The greedy sampler: 25 us and 10 bytes per logit (read 16 bits, write and read 32), as in the same tables."""
+MEMORY_EFFICIENCY = 0.75
+"""Of peak bandwidth, for these kernels (``Roofline.memory_efficiency``)."""
+CHUNK_CONTEXTS = (0, 256, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmTable:
+    """Seconds of ``tokens x k`` times ``k x n``, as ``seconds[n][k][tokens]``; NaN-free, all > 0."""
+
+    tokens: tuple[int, ...]
+    n: tuple[int, ...]
+    k: tuple[int, ...]
+    seconds: tuple[tuple[tuple[float, ...], ...], ...]
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "n", "k"):
+            axis = getattr(self, name)
+            if len(axis) < 2 or axis[0] < 1 or any(b <= a for a, b in pairwise(axis)):
+                raise ConfigError(f"{name} {list(axis)}: needs at least 2 whole numbers >= 1, each larger than the last")
+        shape = {len(row) for plane in self.seconds for row in plane}
+        if len(self.seconds) != len(self.n) or {len(plane) for plane in self.seconds} != {len(self.k)}:
+            raise ConfigError(f"seconds must have {len(self.n)} planes (n) of {len(self.k)} rows (k)")
+        if shape != {len(self.tokens)}:
+            raise ConfigError(f"every row of seconds must have {len(self.tokens)} values, one per token count")
+        if not all(0 < value < float("inf") for plane in self.seconds for row in plane for value in row):
+            raise ConfigError("seconds: every value must be a number > 0")
+
+    def row(self, n: int, k: int) -> tuple[float, ...]:
+        """Seconds by ``tokens`` for any shape: geometric between its neighbours in the table, proportional beyond it."""
+        low_n, high_n, part_n, times_n = _place(self.n, n)
+        low_k, high_k, part_k, times_k = _place(self.k, k)
+        corners = [
+            (self.seconds[i][j], share_n * share_k)
+            for i, share_n in ((low_n, 1 - part_n), (high_n, part_n))
+            for j, share_k in ((low_k, 1 - part_k), (high_k, part_k))
+            if share_n * share_k
+        ]
+        return tuple(
+            times_n * times_k * exp(sum(share * log(row[at]) for row, share in corners))
+            for at in range(len(self.tokens))
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionTable:
+    """One GPU's attention in one layer: prompts by length (no context), decodes by (sequences, context each)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    prefill: Table
+    decode: Grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """Measured kernels of the GPU types named, in one of ``dtypes``. ``all_reduce``: by GPUs, seconds by bytes."""
+
+    gpus: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    gemm: GemmTable
+    attention: tuple[AttentionTable, ...]
+    all_reduce: Mapping[int, Table] = field(default_factory=dict)
+    held_out: Mapping[str, HeldOut] = field(default_factory=dict)
+
+    def entry(self, model: ModelSpec, tp: int, gpu: Gpu) -> ProfileEntry | None:
+        """The model's operators at this degree; None for mixtures of experts, which need grouped GEMMs."""
+        if model.num_experts is not None or model.kv_lora_rank is not None:
+            return None
+        attention = self._attention(model, tp)
+        return ProfileEntry(
+            gpus=(gpu.name,),
+            model=model.name,
+            num_layers=model.num_layers,
+            tp=tp,
+            dtypes=self.dtypes,
+            linear=self._linear(model, tp, gpu),
+            head=self._head(model, tp, gpu),
+            collective=self._collective(model, tp),
+            attention_prefill=attention and _chunks(attention.prefill),
+            attention_decode=attention and attention.decode,
+            held_out=self.held_out,
+        )
+
+    def _linear(self, model: ModelSpec, tp: int, gpu: Gpu) -> Table:
+        rows = [self.gemm.row(gemm.n, gemm.k) for gemm in model.gemms(tp)]
+        heads = ceil(model.num_attention_heads / tp) + 2 * ceil(model.num_key_value_heads / tp)
+        values = 8 * model.hidden_size + 3 * heads * model.head_dim + 3 * ceil(model.intermediate_size / tp)
+        token_s = values * model.activation_bytes_per_value / (gpu.bandwidth_bytes_per_s * MEMORY_EFFICIENCY)
+        seconds = [
+            sum(row[at] for row in rows) + SMALL_KERNELS * SMALL_KERNEL_S + count * token_s
+            for at, count in enumerate(self.gemm.tokens)
+        ]
+        return Table(counts=self.gemm.tokens, seconds=_rising(seconds), per="layer")
+
+    def _head(self, model: ModelSpec, tp: int, gpu: Gpu) -> Table:
+        logits = self.gemm.row(ceil(model.vocab_size / tp), model.hidden_size)
+        logit_s = SAMPLER_BYTES / (gpu.bandwidth_bytes_per_s * MEMORY_EFFICIENCY)
+        seconds = []
+        for seqs, gemm_s in zip(self.gemm.tokens, logits, strict=True):
+            size_bytes = seqs * model.vocab_size * model.activation_bytes_per_value
+            gathered_s = self._all_reduce_seconds(tp, size_bytes) / 2 if tp in self.all_reduce else 0.0
+            seconds.append(gemm_s + SAMPLER_S + logit_s * seqs * model.vocab_size + gathered_s)
+        return Table(counts=self.gemm.tokens, seconds=_rising(seconds))
+
+    def _collective(self, model: ModelSpec, tp: int) -> Table | None:
+        if tp not in self.all_reduce:
+            return None
+        token_bytes = model.hidden_size * model.activation_bytes_per_value
+        seconds = [2 * self._all_reduce_seconds(tp, count * token_bytes) for count in self.gemm.tokens]
+        return Table(counts=self.gemm.tokens, seconds=_rising(seconds), per="layer")
+
+    def _all_reduce_seconds(self, tp: int, size_bytes: int) -> float:
+        table = self.all_reduce[tp]
+        return _along(table.counts, table.seconds, size_bytes)
+
+    def _attention(self, model: ModelSpec, tp: int) -> AttentionTable | None:
+        """The table of these heads, or between two of the same KV heads; None where there are none."""
+        heads = ceil(model.num_attention_heads / tp)
+        kv_heads = ceil(model.num_key_value_heads / tp)
+        same = (table for table in self.attention if (table.kv_heads, table.head_dim) == (kv_heads, model.head_dim))
+        shapes = {table.heads: table for table in same}
+        known = sorted(shapes)
+        if not known or not known[0] <= heads <= known[-1]:
+            return None
+        high = next(count for count in known if count >= heads)
+        low = max((count for count in known if count <= heads), default=high)
+        return shapes[high] if high == low else _between(shapes[low], shapes[high], heads)
+
+
+def _place(axis: Sequence[int], value: int) -> tuple[int, int, float, float]:
+    """(index below, index above, geometric share of the upper, factor beyond the axis)."""
+    if value >= axis[-1]:
+        return len(axis) - 1, len(axis) - 1, 0.0, value / axis[-1]
+    if value <= axis[0]:
+        return 0, 0, 0.0, 1.0
+    low = bisect_right(axis, value) - 1
+    return low, low + 1, log(value / axis[low]) / log(axis[low + 1] / axis[low]), 1.0
+
+
+def _along(axis: Sequence[int], seconds: Sequence[float], value: float, power: float = 1.0) -> float:
+    """Linear between points, held before the first; beyond the last it grows with this power of ``value``."""
+    if value <= axis[0]:
+        return seconds[0]
+    if value >= axis[-1]:
+        return seconds[-1] * (value / axis[-1]) ** power
+    low = bisect_right(axis, value) - 1
+    part = (value - axis[low]) / (axis[low + 1] - axis[low])
+    return seconds[low] + part * (seconds[low + 1] - seconds[low])
+
+
+def _rising(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Each value averaged with those after it that are lower (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in seconds:
+        total, size = value, 1
+        while pools and pools[-1][0] * size > total * pools[-1][1]:
+            before, members = pools.pop()
+            total, size = total + before, size + members
+        pools.append((total, size))
+    return tuple(total / size for total, size in pools for _ in range(size))
+
+
+def _chunks(prefill: Table) -> Grid:
+    """A chunk after a context costs what the longer prompt costs more, and no less than it costs alone."""
+
+    def whole_s(tokens: int) -> float:
+        return _along(prefill.counts, prefill.seconds, tokens, power=2.0)
+
+    rows = tuple(
+        tuple(max(whole_s(count), whole_s(count + context) - whole_s(context)) for context in CHUNK_CONTEXTS)
+        for count in prefill.counts
+    )
+    return Grid(counts=prefill.counts, contexts=CHUNK_CONTEXTS, seconds=rows, per="layer")
+
+
+def _between(low: AttentionTable, high: AttentionTable, heads: int) -> AttentionTable:
+    part = (heads - low.heads) / (high.heads - low.heads)
+
+    def mix(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
+        return tuple(x + part * (y - x) for x, y in zip(a, b, strict=True))
+
+    rows = tuple(mix(a, b) for a, b in zip(low.decode.seconds, high.decode.seconds, strict=True))
+    return AttentionTable(
+        heads=heads,
+        kv_heads=high.kv_heads,
+        head_dim=high.head_dim,
+        prefill=Table(counts=high.prefill.counts, seconds=mix(low.prefill.seconds, high.prefill.seconds), per="layer"),
+        decode=Grid(counts=high.decode.counts, contexts=high.decode.contexts, seconds=rows, per="layer"),
+    )

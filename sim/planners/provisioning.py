@@ -1,0 +1,192 @@
+"""How many prompt and token machines: Splitwise's provisioning (ISCA 2024, section 4.4), by simulated replays.
+
+A replay tells, for so many prompt machines, token machines and requests per second, how often the slowest requests were
+slowed down against the same requests alone on a reference machine. A design is feasible if all nine slowdowns meet
+their limits (table 6). Whoever calls gives the replay, so nothing here knows the engine.
+
+Start with ``most_requests`` (a fixed set of machines: iso-power, iso-cost) and ``fewest_machines`` (a fixed rate:
+iso-throughput). Both assume that a machine more, or a request per second less, makes no design infeasible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.cost import StageCost
+from sim.types import PS_PER_S, ConfigError, Work
+
+PERCENTILES = (50, 90, 99)
+METRICS = ("ttft", "tpot", "e2e")
+
+
+class Alone(NamedTuple):
+    """Seconds a request takes by itself on an idle machine."""
+
+    ttft_s: float
+    tpot_s: float
+    e2e_s: float
+
+
+def alone(cost: StageCost, input_tokens: int, output_tokens: int) -> Alone:
+    """One whole prompt, then one decode step per further token; ``tpot_s`` is NaN for a single token."""
+    first_ps = cost.line(Work(((input_tokens, 0),), 0, 0)).first_ps
+    decode_ps, done, steps = 0, 0, output_tokens - 1
+    while done < steps:
+        line = cost.line(Work((), 1, input_tokens + 1 + done))
+        count = min(line.iterations, steps - done)
+        decode_ps += count * line.first_ps + line.slope_ps * (count * (count - 1) // 2)
+        done += count
+    tpot_s = decode_ps / steps / PS_PER_S if steps else float("nan")
+    return Alone(first_ps / PS_PER_S, tpot_s, (first_ps + decode_ps) / PS_PER_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowdownLimits:
+    """Largest slowdown at the 50th, 90th and 99th percentile, each; the defaults are the paper's table 6."""
+
+    ttft: tuple[float, float, float] = (2.0, 3.0, 6.0)
+    tpot: tuple[float, float, float] = (1.25, 1.5, 5.0)
+    e2e: tuple[float, float, float] = (1.25, 1.5, 5.0)
+
+    def __post_init__(self) -> None:
+        for metric in METRICS:
+            limits = getattr(self, metric)
+            if len(limits) != len(PERCENTILES) or not all(limit > 0 for limit in limits):
+                raise ConfigError(f"slowdown limits: {metric} is {limits}; it must be three numbers > 0")
+
+    def met(self, measured: Mapping[str, Sequence[float]]) -> bool:
+        return all(
+            value <= limit
+            for metric in METRICS
+            for value, limit in zip(measured[metric], getattr(self, metric), strict=True)
+        )
+
+
+def slowdowns(columns: Mapping[str, NDArray[Any]], by_request: Sequence[Alone]) -> dict[str, tuple[float, ...]]:
+    """Slowdown of each metric at each percentile, over all requests; one that did not complete is infinitely slow.
+
+    ``columns``: as in ``Result.columns``; ``by_request``: its requests alone, in the same order. A request of one
+    token has no TPOT and is left out of that metric's percentiles.
+    """
+    reference = np.array(by_request, dtype=float)
+    completed = columns["outcome"] == "completed"
+    found = {}
+    for place, metric in enumerate(METRICS):
+        ratio = np.where(completed, columns[f"{metric}_s"] / reference[:, place], np.inf)
+        ratio = ratio[~np.isnan(reference[:, place])]
+        places = np.percentile(ratio, PERCENTILES, method="higher") if ratio.size else np.zeros(len(PERCENTILES))
+        found[metric] = tuple(float(value) for value in places)
+    return found
+
+
+class Design(NamedTuple):
+    """So many prompt machines and token machines."""
+
+    prompts: int
+    tokens: int
+
+
+Feasible = Callable[[Design, float], bool]
+"""Whether a design serves so many requests per second within all limits."""
+
+
+class Throughput(NamedTuple):
+    design: Design
+    rate_per_s: float
+
+
+def highest_rate(feasible: Callable[[float], bool], low: float, high: float, step: float) -> float:
+    """Largest feasible multiple of ``step`` in [low, high], by bisection; 0 if ``low`` is not feasible."""
+    if not step > 0 or not 0 < low <= high:
+        raise ConfigError(f"rates: low {low}, high {high}, step {step}; give 0 < low <= high and step > 0")
+    if not feasible(low):
+        return 0.0
+    good, bad = 0, int((high - low) / step + 1e-9) + 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if feasible(low + middle * step) else (good, middle)
+    return low + good * step
+
+
+def most_requests(
+    feasible: Feasible, designs: Sequence[Design], *, low: float, high: float, step: float
+) -> Throughput | None:
+    """The design with the highest rate; ``None`` if none serves ``low``. Of equal ones the first.
+
+    ``designs`` in order of their share of prompt machines, over which the rate rises to a peak and falls. It looks at
+    every eighth, then, at half the distance each time, around the best, and last at all that serve the best rate. It
+    bisects the rate only of a design that does better than the best so far.
+    """
+    if not designs:
+        raise ConfigError("provisioning: there are no designs to choose from; allow more machines")
+    best: Throughput | None = None
+    tried: set[Design] = set()
+    stride = max(1, len(designs) // 8)
+    while stride:
+        before = best
+        for design in designs[::stride] if best is None else _beside(designs, best.design, stride):
+            if design not in tried:
+                tried.add(design)
+                best = _better(feasible, design, best, low, high, step)
+        if best is None or best == before:
+            stride //= 2
+    return best and _along_the_top(feasible, designs, best, high, step)
+
+
+def _along_the_top(
+    feasible: Feasible, designs: Sequence[Design], best: Throughput, high: float, step: float
+) -> Throughput:
+    """Rates are multiples of a step: beyond neighbours that do no better another may."""
+    place = designs.index(best.design)
+    for side in (designs[place + 1 :], designs[:place][::-1]):
+        for design in side:
+            if not feasible(design, best.rate_per_s):
+                break
+            best = _better(feasible, design, best, best.rate_per_s, high, step) or best
+    return best
+
+
+def _better(
+    feasible: Feasible, design: Design, best: Throughput | None, low: float, high: float, step: float
+) -> Throughput | None:
+    """This design at its highest rate if that beats the best, which stays otherwise."""
+    start = low if best is None else best.rate_per_s + step
+    rate = highest_rate(partial(feasible, design), start, high, step) if start <= high else 0.0
+    return Throughput(design, rate) if rate else best
+
+
+def _beside(designs: Sequence[Design], centre: Design, stride: int) -> list[Design]:
+    place = designs.index(centre)
+    return [designs[other] for other in (place - stride, place + stride) if 0 <= other < len(designs)]
+
+
+def fewest_machines(
+    feasible: Feasible, rate_per_s: float, price: Callable[[Design], float], *, most: Design
+) -> Design | None:
+    """The cheapest design with up to ``most`` machines of either kind that serves the rate; ``None`` if none does.
+
+    ``price``: dollars, watts or machines; it must rise in both counts. Walks the border of what is feasible: with
+    one more token machine, no more prompt machines are needed than before.
+    """
+    best: Design | None = None
+    prompts = most.prompts
+    for tokens in range(1, most.tokens + 1):
+        if best is not None and price(Design(1, tokens)) >= price(best):
+            break
+        if not feasible(Design(prompts, tokens), rate_per_s):
+            continue
+        low, high = 0, prompts  # infeasible, feasible
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if feasible(Design(middle, tokens), rate_per_s) else (middle, high)
+        prompts = high
+        found = Design(prompts, tokens)
+        if best is None or price(found) < price(best):
+            best = found
+    return best

@@ -1,0 +1,386 @@
+"""Faults, notices and changes of plan: nobody is lost, and what a change costs is exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sim import ClusterEvent, ConfigError, Plan, PolicyError, Result, StalledError
+from sim.batchers import TokenBudget
+from sim.engine.setup import hop_time_ps
+from sim.policy import Problem
+from sim.reschedulers import RestorePlan
+from sim.routers import LeastLoadedPair
+from sim.types import Change, Replica
+from tests.lab import ONE, SPLIT, TWO, Script, Way, system
+from tests.toys import MS, TINY, cluster, problem, replica, request, run
+
+US = 10**6
+TWO_DECODES = Plan(replicas=(*SPLIT.replicas, replica("e", ["n1.g1"], "decode")))
+
+
+def where() -> Problem:
+    return problem(cluster(gpus=2, nodes=2))
+
+
+def event(kind: Any, target: str, at_s: float, **more: Any) -> ClusterEvent:
+    return ClusterEvent(at_s=at_s, kind=kind, target=target, **more)
+
+
+def decode_ps(context: int) -> int:
+    return 10 * MS + 10 * US + 1000 * context
+
+
+def outcomes(result: Result) -> list[str]:
+    return [row.outcome for row in result.rows.requests]
+
+
+def load_ps(spec: Replica, world: Problem) -> int:
+    """Each GPU loads its part of the weights over its own PCIe; 5 us of latency."""
+    stage = spec.stages[0]
+    part = TINY.weight_bytes(stage.first_layer, stage.end_layer) / stage.tp
+    return ceil(part / world.cluster.capacity_bytes_per_s[f"pcie:{stage.gpus[0]}:in"] * 1e12) + 5 * US
+
+
+# ------------------------------------------------------------ faults
+
+
+def test_a_request_in_prefill_starts_again_elsewhere() -> None:
+    lost = run(system(), [request(0)], where(), plan=TWO, events=[event("gpu_lost", "n0.g0", 0.005)])
+    assert outcomes(lost) == ["completed"]
+    assert lost.token_times_ps(0)[0] == 5 * MS + 11 * MS
+    assert lost.rows.requests[0].prefill_stage == "b"
+    assert lost.rows.requests[0].scheduled_ps == 0  # queueing ended when it was first scheduled
+
+
+def test_a_request_in_decode_keeps_its_tokens_and_recomputes_their_kv() -> None:
+    result = run(system(), [request(0, output_tokens=5)], where(), plan=TWO, events=[event("node_lost", "n0", 0.035)])
+    first, second, third = 11 * MS, 11 * MS + decode_ps(101), 11 * MS + decode_ps(101) + decode_ps(102)
+    again = 35 * MS + 10 * MS + 103 * 10 * US  # prompt and three tokens, at once
+    assert third < 35 * MS < third + decode_ps(103)
+    assert result.token_times_ps(0) == [first, second, third, again, again + decode_ps(104)]
+
+
+@pytest.mark.parametrize("late_ps", [0, 1])
+def test_an_iteration_that_ends_as_the_gpu_is_lost_is_lost_too(late_ps: int) -> None:
+    """Faults come before boundaries at the same instant."""
+    lost = event("gpu_lost", "n0.g0", 0.011 + late_ps * 1e-12)
+    result = run(system(), [request(0, output_tokens=2)], where(), plan=TWO, events=[lost])
+    assert (result.token_times_ps(0)[0] == 11 * MS) is bool(late_ps)
+    assert len(result.token_times_ps(0)) == 2
+
+
+@pytest.mark.parametrize("end", ["n0.g0", "n1.g0"])
+def test_kv_on_its_way_is_lost_with_either_end(end: str) -> None:
+    """The transfer takes 262 us; the sender or the receiver goes in its midst. The first token was out."""
+    plan = Plan(replicas=(*TWO_DECODES.replicas, replica("q", ["n0.g1"], "prefill")))
+    result = run(
+        system(router=LeastLoadedPair), [request(0)], where(), plan=plan, events=[event("gpu_lost", end, 0.0111)]
+    )
+    row = result.rows.requests[0]
+    assert row.outcome == "completed"
+    assert row.first_token_ps == 11 * MS
+    assert len(result.token_times_ps(0)) == 10
+    assert result.token_times_ps(0)[1] >= 11_100 * US + 10 * MS + 101 * 10 * US
+    assert len(result.rows.links) == 1
+    assert {memory.used_blocks for memory in result.rows.memory if memory.replica == "d"} <= {7, 8}
+
+
+def test_a_receiver_lost_while_kv_waits_for_room_frees_the_sender() -> None:
+    requests = [request(number, input_tokens=50, output_tokens=10) for number in range(4)]
+    result = run(
+        system(router=LeastLoadedPair, num_kv_blocks=4), requests, where(), plan=TWO_DECODES,
+        events=[event("gpu_lost", "n1.g0", 0.05)],
+    )  # fmt: skip
+    assert outcomes(result) == ["completed"] * 4
+    assert {row.decode_stage for row in result.rows.requests} <= {"d", "e"}
+
+
+def test_a_prompt_whose_receiver_is_gone_is_routed_again() -> None:
+    """Lost during the prefill: the engine finds out when the KV would leave."""
+    result = run(
+        system(router=LeastLoadedPair), [request(0)], where(), plan=TWO_DECODES, events=[event("gpu_lost", "n1.g0", 0.005)]
+    )
+    row = result.rows.requests[0]
+    assert (row.outcome, row.decode_stage, row.first_token_ps) == ("completed", "e", 11 * MS)
+    assert result.token_times_ps(0)[1] == 11 * MS + 1 + 10 * MS + 101 * 10 * US
+
+
+def test_without_a_replica_requests_fail_or_are_rejected_with_the_reason() -> None:
+    requests = [request(0, output_tokens=50), request(1, 1.0)]
+    result = run(system(), requests, plan=ONE, events=[event("gpu_lost", "n0.g0", 0.1)])
+    assert [(row.outcome, row.reason) for row in result.rows.requests] == [
+        ("failed", "no replica is up"),
+        ("rejected", "no replica is up"),
+    ]
+    assert len(result.token_times_ps(0)) == 9  # what it had got
+
+
+def test_a_split_system_without_its_decode_side_fails_what_it_has() -> None:
+    result = run(
+        system(router=LeastLoadedPair), [request(0), request(1, 1.0)], where(), plan=SPLIT,
+        events=[event("node_lost", "n1", 0.005)],
+    )  # fmt: skip
+    assert [(row.outcome, row.reason) for row in result.rows.requests] == [
+        ("failed", "no decode replica is up"),
+        ("rejected", "no decode replica is up"),
+    ]
+
+
+def test_a_slow_gpu_is_slow_from_the_next_iteration_on() -> None:
+    slow = [event("gpu_slow", "n0.g0", 0.012, factor=2.0), event("gpu_slow", "n0.g0", 0.04, factor=1.0)]
+    result = run(system(), [request(0, output_tokens=5)], plan=ONE, events=slow)
+    first = 11 * MS
+    second = first + decode_ps(101)  # under way
+    third = second + 2 * decode_ps(102)
+    fourth = third + decode_ps(103)
+    assert result.token_times_ps(0) == [first, second, third, fourth, fourth + decode_ps(104)]
+
+
+def test_a_notice_comes_before_the_loss() -> None:
+    script = Script([None, None])
+    result = run(
+        system(rescheduler=lambda: script), [request(0, output_tokens=50)], where(), plan=TWO,
+        events=[event("spot_notice", "n0", 0.02, deadline_s=0.1)],
+    )  # fmt: skip
+    assert [(signal.kind, signal.at_s) for signal in script.seen] == [("notice", 0.02), ("lost", 0.12)]
+    assert [signal.deadline_s for signal in script.seen] == [pytest.approx(0.12), None]
+    assert script.seen[0].gpus == ("n0.g0", "n0.g1")
+    notes = [(note.time_ps, note.kind) for note in result.rows.notes]
+    assert notes == [(20 * MS, "spot_notice"), (120 * MS, "gpu_lost"), (120 * MS, "down")]
+    assert outcomes(result) == ["completed"]
+
+
+def test_a_notice_gives_time_to_drain() -> None:
+    """Told at 20 ms, a rescheduler moves everything to the other machine before the loss at 1 s: nothing starts over."""
+    rest = Plan(replicas=TWO.replicas[1:])
+    script = Script([Change(plan=rest, reason="evacuate n0")])
+    result = run(
+        system(rescheduler=lambda: script), [request(0, output_tokens=50), request(1, 0.5)], where(), plan=TWO,
+        events=[event("spot_notice", "n0", 0.02, deadline_s=0.98)],
+    )  # fmt: skip
+    assert [row.decode_stage for row in result.rows.requests] == ["a", "b"]
+    assert [note.kind for note in result.rows.notes] == ["spot_notice", "change", "drained", "gpu_lost"]
+    assert result.token_times_ps(0)[-1] == 11 * MS + sum(decode_ps(context) for context in range(101, 150))
+
+
+def test_gpus_that_join_bring_their_replica_back_once_the_weights_are_loaded() -> None:
+    events = [event("gpu_lost", "n0.g0", 0.1), event("gpu_joined", "n0.g0", 1.0)]
+    requests = [request(0), request(1, 0.5), request(2, 3.0)]
+    result = run(system(rescheduler=RestorePlan), requests, plan=ONE, events=events)
+    assert outcomes(result) == ["failed", "rejected", "completed"]
+    up = next(note for note in result.rows.notes if note.kind == "up")
+    assert up.time_ps == 1000 * MS + load_ps(ONE.replicas[0], problem())
+    assert len(result.rows.replicas) == 2  # before and after
+
+
+# ------------------------------------------------------------ changes of plan
+
+
+WIDE = Plan(replicas=(replica("w", ["n0.g0", "n0.g1"]),))
+
+
+def test_requests_wait_for_a_replica_that_loads_its_weights() -> None:
+    """Not drained: the request starts over on the new replica, whose GPUs load their halves side by side."""
+    change = Change(plan=WIDE, reason="wider", drain=False)
+    result = run(
+        system(rescheduler=lambda: Script([change], interval_s=0.035)), [request(0, output_tokens=5)], where(), plan=ONE
+    )
+    up = 35 * MS + load_ps(WIDE.replicas[0], where())
+    assert load_ps(WIDE.replicas[0], where()) < load_ps(ONE.replicas[0], where())
+    assert [(note.kind, note.time_ps) for note in result.rows.notes] == [
+        ("change", 35 * MS), ("down", 35 * MS), ("up", up),
+    ]  # fmt: skip
+    assert len(result.token_times_ps(0)) == 5
+    assert result.token_times_ps(0)[3] == up + 10 * MS + 103 * 10 * US
+
+
+def test_a_draining_replica_finishes_what_runs_and_hands_over_what_waits() -> None:
+    """The new replica needs the old one's GPU, so it loads when that has drained."""
+    change = Change(plan=WIDE, reason="wider")
+    requests = [request(0, output_tokens=5), request(1, output_tokens=5)]
+    result = run(
+        system(rescheduler=lambda: Script([change], interval_s=0.035), max_num_seqs=1), requests, where(), plan=ONE
+    )
+    drained = 11 * MS + sum(decode_ps(context) for context in range(101, 105))
+    up = drained + load_ps(WIDE.replicas[0], where())
+    assert result.rows.requests[0].finish_ps == drained
+    assert [(note.kind, note.time_ps) for note in result.rows.notes] == [
+        ("change", 35 * MS), ("drained", drained), ("up", up),
+    ]  # fmt: skip
+    assert result.rows.requests[1].scheduled_ps == up
+    assert [row.prefill_stage for row in result.rows.requests] == ["a", "w"]
+
+
+def test_a_draining_decode_replica_waits_for_kv_under_way() -> None:
+    rest = Plan(replicas=(TWO_DECODES.replicas[0], TWO_DECODES.replicas[2]))
+    script = Script([Change(plan=rest, reason="fewer")], interval_s=0.0111)
+    result = run(system(router=lambda: Way("p", "d"), rescheduler=lambda: script), [request(0)], where(), plan=TWO_DECODES)
+    assert outcomes(result) == ["completed"]
+    assert result.rows.requests[0].decode_stage == "d"
+    assert result.rows.notes[-1].kind == "drained"
+    assert result.rows.notes[-1].time_ps == result.rows.requests[0].finish_ps
+
+
+def test_a_role_flip_is_free() -> None:
+    flipped = Plan(replicas=tuple(replace(one, role=role) for one, role in zip(SPLIT.replicas, ("decode", "prefill"), strict=True)))
+    change = Change(plan=flipped, reason="flip")
+    requests = [request(0, output_tokens=30), request(1, 0.1)]
+    result = run(
+        system(router=LeastLoadedPair, rescheduler=lambda: Script([change], interval_s=0.05)), requests, where(), plan=SPLIT
+    )
+    assert [note.kind for note in result.rows.notes] == ["change"]
+    assert [(row.prefill_stage, row.decode_stage) for row in result.rows.requests] == [("p", "d"), ("d", "p")]
+    assert [row.role for row in result.rows.replicas] == ["decode", "prefill"]
+    alone = run(system(router=LeastLoadedPair), requests[:1], where(), plan=SPLIT)
+    assert result.token_times_ps(0)[:8] == alone.token_times_ps(0)[:8]
+
+
+def test_a_change_replaces_what_has_not_come_up_yet() -> None:
+    """Two changes in a row: the replica of the first is still loading, on a GPU that the second needs."""
+    first = Plan(replicas=(ONE.replicas[0], replica("x", ["n1.g0", "n1.g1"])))
+    second = Plan(replicas=(ONE.replicas[0], replica("y", ["n1.g0"])))
+    script = Script([Change(plan=plan, reason="") for plan in (first, second)], interval_s=0.01)
+    result = run(system(rescheduler=lambda: script), [request(0, output_tokens=200)], where(), plan=ONE)
+    ups = [(note.text, note.time_ps) for note in result.rows.notes if note.kind == "up"]
+    assert ups == [("y", 20 * MS + load_ps(second.replicas[1], where()))]
+
+
+def test_a_loading_replica_that_is_lost_fails_who_waits_for_it() -> None:
+    change = Change(plan=Plan(replicas=(replica("x", ["n1.g0"]),)), reason="move", drain=False)
+    result = run(
+        system(rescheduler=lambda: Script([change], interval_s=0.02)), [request(0, output_tokens=50)], where(), plan=ONE,
+        events=[event("gpu_lost", "n1.g0", 0.0201)],
+    )  # fmt: skip
+    assert [(row.outcome, row.reason) for row in result.rows.requests] == [("failed", "no replica is up")]
+
+
+def test_a_change_does_not_bring_up_what_is_lost() -> None:
+    script = Script([None, Change(plan=TWO, reason="all")], interval_s=0.05)
+    result = run(
+        system(rescheduler=lambda: script), [request(0, output_tokens=20)], where(), plan=TWO,
+        events=[event("gpu_lost", "n0.g0", 0.01)],
+    )  # fmt: skip
+    assert [note.kind for note in result.rows.notes] == ["gpu_lost", "down", "change"]
+
+
+def test_an_impossible_change_is_an_error() -> None:
+    script = Script([Change(plan=Plan(replicas=()), reason="nothing")], interval_s=0.01)
+    with pytest.raises(ConfigError, match="it has no replicas"):
+        run(system(rescheduler=lambda: script), [request(0)], plan=ONE)
+
+
+def test_ticks_end_with_the_work() -> None:
+    script = Script([], interval_s=0.01)
+    run(system(rescheduler=lambda: script), [request(0, output_tokens=3)], plan=ONE)
+    assert [signal.at_s for signal in script.seen] == [0.01, 0.02, 0.03]
+    assert {signal.kind for signal in script.seen} == {"tick"}
+
+
+def test_a_stalled_system_stays_stalled_under_ticks() -> None:
+    """The receiver's link is cut for good; a rescheduler that only watches must not keep the run going forever."""
+    script = Script([], interval_s=1.0)
+    with pytest.raises(StalledError, match="1 requests are unfinished"):
+        run(
+            system(router=lambda: Way("p", "d"), rescheduler=lambda: script), [request(0)], where(), plan=SPLIT,
+            events=[event("link_scaled", "nic:n1:in", 0.0, factor=0.0)],
+        )  # fmt: skip
+    assert len(script.seen) >= 1000
+
+
+def test_the_run_ends_stalled_if_a_policy_parks_requests_for_good() -> None:
+    class Idle(TokenBudget):
+        def fill(self, batch: Any) -> None:
+            pass
+
+    with pytest.raises(StalledError, match=r"1 requests are unfinished.*a \(mixed\): waiting 1"):
+        run(system(Idle), [request(0)], plan=ONE)
+
+
+def test_a_cut_off_counts_who_waits_for_a_replica() -> None:
+    change = Change(plan=WIDE, reason="wider", drain=False)
+    result = run(
+        system(rescheduler=lambda: Script([change], interval_s=0.02)), [request(0)], where(), plan=ONE, until_s=0.021
+    )
+    assert outcomes(result) == ["running"]
+
+
+# ------------------------------------------------------------ wrong input
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (event("gpu_lost", "n9", 1.0), "gpu_lost at 1.0 s names 'n9'; known are n0.g0"),
+        (event("link_scaled", "wire", 1.0, factor=0.5), "link_scaled at 1.0 s names 'wire'; known are gpu:n0.g0:out"),
+        (event("link_scaled", "nic:n0:out", 0.0), "link_scaled of nic:n0:out at 0.0 s needs a factor >= 0, not None"),
+        (event("gpu_slow", "n0.g0", 0.0, factor=-1.0), "gpu_slow of n0.g0 at 0.0 s needs a factor >= 0, not -1.0"),
+    ],
+)
+def test_wrong_events_name_field_and_value(wrong: ClusterEvent, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(system(), [request(0)], where(), plan=TWO, events=[wrong])
+
+
+def test_hops_of_a_lone_stage_cost_nothing() -> None:
+    assert hop_time_ps(where(), ONE.replicas[0])(1000) == 0
+
+
+def test_a_view_of_a_lost_replica_is_an_error() -> None:
+    with pytest.raises(PolicyError, match="asks for replica 'a'; up are b"):
+        run(
+            system(router=lambda: Way("a", "a")), [request(0, 1.0)], where(), plan=TWO,
+            events=[event("gpu_lost", "n0.g0", 0.5)],
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------ nobody is lost
+
+
+@settings(max_examples=60)
+@given(
+    faults=st.lists(
+        st.tuples(
+            st.sampled_from(["gpu_lost", "node_lost", "gpu_joined", "spot_notice", "gpu_slow"]),
+            st.sampled_from(["n0", "n1", "n0.g0", "n1.g1"]),
+            st.integers(0, 40),
+        ),
+        max_size=6,
+    ),
+    shapes=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 200), st.integers(1, 40)), min_size=1, max_size=15),
+    blocks=st.sampled_from([16, 40, None]),
+)
+def test_every_request_ends_whatever_happens(
+    faults: list[tuple[str, str, int]], shapes: list[tuple[int, int, int]], blocks: int | None
+) -> None:
+    plan = Plan(replicas=(*TWO_DECODES.replicas, replica("q", ["n0.g1"], "prefill")))
+    arrivals = sorted(shapes)
+    requests = [request(n, at / 100, tokens, out) for n, (at, tokens, out) in enumerate(arrivals)]
+    events = [event(kind, target, at / 50, deadline_s=0.05, factor=1.5) for kind, target, at in faults]
+    lab = system(router=LeastLoadedPair, rescheduler=RestorePlan, num_kv_blocks=blocks, max_num_batched_tokens=128)
+    collapsed = run(lab, requests, where(), plan=plan, events=events)
+    stepped = run(lab, requests, where(), plan=plan, events=events, step_by_step=True)
+    assert collapsed.log() == stepped.log()
+    assert [row.request.id for row in collapsed.rows.requests] == list(range(len(requests)))
+    for row in collapsed.rows.requests:
+        times = collapsed.token_times_ps(row.request.id)
+        assert times == sorted(times)
+        if row.outcome == "completed":
+            assert len(times) == row.request.output_tokens
+        else:
+            assert row.reason
+            assert len(times) < row.request.output_tokens
+
+
+def test_a_load_over_a_cut_link_stalls_and_says_so() -> None:
+    change = Change(plan=WIDE, reason="wider", drain=False)
+    with pytest.raises(StalledError, match="1 requests are unfinished and nothing is left to happen: no replica is up"):
+        run(
+            system(rescheduler=lambda: Script([change])), [request(0, output_tokens=50)], where(), plan=ONE,
+            events=[event("link_scaled", "pcie:n0.g0:in", 0.0, factor=0.0), event("gpu_joined", "n0.g0", 0.02)],
+        )  # fmt: skip
