@@ -169,7 +169,9 @@ def profile_text(profile: Profile) -> str:
     }
     data = {name: part for name, part in data.items() if part is not None}
     checked = _ProfileFile.model_validate(data)
-    text = json.dumps(checked.model_dump(by_alias=True, exclude_none=True, include=set(data) | {"schema_name"}), indent=1)
+    text = json.dumps(
+        checked.model_dump(by_alias=True, exclude_none=True, include=set(data) | {"schema_name"}), indent=1
+    )
     return INNERMOST.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 

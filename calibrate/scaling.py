@@ -1,8 +1,8 @@
 """Kernel tables of a GPU that nobody measured, from those of another one and both specification sheets.
 
-Every kernel keeps its efficiency: a GEMM is scaled by the ratio of its roofline times (the longer of arithmetic and traffic) on
-the two, decode attention by bandwidth, prompt attention by FLOP/s. A prediction, and to be labelled as one; good for GPUs
-of one generation.
+Every kernel keeps its efficiency: a GEMM is scaled by the ratio of its roofline times (the longer of arithmetic and
+traffic) on the two, decode attention by bandwidth, prompt attention by FLOP/s. A prediction, and to be labelled as one;
+good for GPUs of one generation.
 """
 
 from __future__ import annotations

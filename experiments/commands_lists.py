@@ -97,19 +97,20 @@ def models(json_: Json = False) -> None:
 
 
 def profiles(json_: Json = False) -> None:
-    """List the measured latency profiles that are shipped, with their source and held-out error."""
+    """List the shipped latency profiles with source and held-out error; without a model: kernels that make up any."""
     from calibrate.profile_file import read_profile, shipped_profiles
 
     rows: list[dict[str, Any]] = []
     for name, path in shipped_profiles().items():
         profile = read_profile(path)
+        parts: list[Any] = [*profile.entries, *profile.kernels]
         rows += [
-            {"profile": name, "gpus": list(entry.gpus), "model": entry.model, "tp": entry.tp,
-             "dtypes": list(entry.dtypes),
+            {"profile": name, "gpus": list(entry.gpus), "model": getattr(entry, "model", None),
+             "tp": getattr(entry, "tp", None), "dtypes": list(entry.dtypes),
              "held_out": {kind: {"mape": error.mape, "largest": error.largest, "points": error.points}
                           for kind, error in entry.held_out.items()},
              "source": profile.provenance.source, "engine": profile.provenance.engine}
-            for entry in profile.entries
+            for entry in parts
         ]  # fmt: skip
     if json_:
         _print_json(rows)
@@ -117,7 +118,7 @@ def profiles(json_: Json = False) -> None:
     _print_table(
         ("profile", "GPU", "model", "TP", "held-out error (mean)", "source"),
         [
-            (row["profile"], ", ".join(row["gpus"]), row["model"], str(row["tp"]),
+            (row["profile"], ", ".join(row["gpus"]), row["model"] or "any dense", str(row["tp"] or "any"),
              ", ".join(f"{kind} {error['mape']:.1%}" for kind, error in row["held_out"].items()), row["source"])
             for row in rows
         ],

@@ -12,10 +12,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments.rundir import Run
 from sim.types import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Event = dict[str, Any]
 T = TypeVar("T")
@@ -55,7 +58,7 @@ def trace_events(run: Run) -> Iterator[Event]:
 def _batches(run: Run, processes: dict[str, int]) -> Iterator[Event]:
     steps = run.steps.sort_values("start_s", kind="stable")
     for replica, rows in steps.groupby("replica", sort=False):
-        for lane, row in in_lanes(rows.itertuples(), lambda row: (row.start_s, row.end_s)):
+        for lane, row in in_lanes(_rows(rows), lambda row: (row.start_s, row.end_s)):
             event = {
                 "name": _kind(row),
                 "cat": "batch",
@@ -80,7 +83,7 @@ def _transfers(run: Run, processes: dict[str, int]) -> Iterator[Event]:
     links = run.links.sort_values("start_s", kind="stable").reset_index(drop=True)
     for end, place in (("KV out", "source"), ("KV in", "target")):
         for replica, rows in links.groupby(place, sort=False):
-            for lane, row in in_lanes(rows.itertuples(), lambda row: (row.start_s, row.end_s)):
+            for lane, row in in_lanes(_rows(rows), lambda row: (row.start_s, row.end_s)):
                 event = {"cat": "transfer", "pid": processes[str(replica)], "tid": _thread(end, lane)}
                 args = {"bytes": row.bytes, "from": row.source, "to": row.target}
                 yield _slice({"name": f"KV of request {row.request}", **event}, row.start_s, row.end_s, args)
@@ -99,7 +102,7 @@ def _arrow_end(event: Event, end: str, start_us: float, end_us: float) -> Event:
 
 
 def _counters(run: Run, processes: dict[str, int]) -> Iterator[Event]:
-    for row in run.memory.itertuples():
+    for row in _rows(run.memory):
         common = {"ph": "C", "pid": processes[str(row.replica)], "ts": _us(row.time_s)}
         yield {**common, "name": "KV blocks in use", "args": {"blocks": row.used_blocks}}
         yield {**common, "name": "requests waiting", "args": {"requests": row.waiting}}
@@ -107,13 +110,13 @@ def _counters(run: Run, processes: dict[str, int]) -> Iterator[Event]:
 
 
 def _flags(run: Run) -> Iterator[Event]:
-    for row in run.notes.itertuples() if run.notes is not None else ():
+    for row in _rows(run.notes) if run.notes is not None else ():
         yield {"ph": "i", "s": "g", "name": f"{row.kind}: {row.text}", "cat": "cluster", "pid": 0, "tid": 0,
                "ts": _us(row.time_s)}  # fmt: skip
 
 
 def _names(run: Run, processes: dict[str, int], threads: Iterable[tuple[int, int]]) -> Iterator[Event]:
-    rows = {row.replica: row for row in run.replicas.itertuples()}
+    rows = {row.replica: row for row in _rows(run.replicas)}
     for replica, pid in processes.items():
         row = rows[replica]
         pipeline = f" PP{row.pp}" if row.pp > 1 else ""
@@ -125,6 +128,11 @@ def _names(run: Run, processes: dict[str, int], threads: Iterable[tuple[int, int
         text = LANES[kind] + (f" {lane + 1}" if lane else "")
         yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": text}}
         yield {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}}
+
+
+def _rows(table: pd.DataFrame) -> Iterator[Any]:
+    """With the names of its columns; pandas cannot say their types."""
+    return iter(table.itertuples())
 
 
 def in_lanes(items: Iterable[T], span: Callable[[T], tuple[float, float]]) -> Iterator[tuple[int, T]]:

@@ -119,7 +119,7 @@ def resolve(scenario: Scenario) -> Setup:
             system=system,
             requests=requests,
             events=build_events(scenario.events),
-            predictor=build_predictor(scenario.predictor, workload),
+            predictor=build_predictor(scenario.predictor, workload, system),
             usd_per_hour=cluster.usd_per_hour(spot=spec.pricing == "spot"),
         )
 
@@ -155,7 +155,9 @@ def known_workload(requests: RequestStream) -> Workload:
     return Workload(rate_per_s=rate_per_s, lengths=tuple((item.input_tokens, item.output_tokens) for item in head))
 
 
-def build_predictor(name: str, workload: Workload) -> Predictor:
+def build_predictor(name: str | None, workload: Workload, system: System) -> Predictor:
+    if name is None and system.predictor is not None:
+        return system.predictor
     if name == "oracle":
         return TrueLength()
     if name == "max":
@@ -196,11 +198,14 @@ def _profile(place: str, name: str) -> Profile:
 
 
 def _only_on(kind: str, name: str, profile: Profile) -> Profile:
+    """The profile's entries and kernel tables of one GPU type."""
     entries = tuple(replace(entry, gpus=(kind,)) for entry in profile.entries if kind in entry.gpus)
-    if not entries:
-        has = sorted({gpu for entry in profile.entries for gpu in entry.gpus})
+    kernels = tuple(replace(tables, gpus=(kind,)) for tables in profile.kernels if kind in tables.gpus)
+    if not entries and not kernels:
+        parts = [part.gpus for part in profile.entries] + [part.gpus for part in profile.kernels]
+        has = sorted({gpu for gpus_of_part in parts for gpu in gpus_of_part})
         raise ConfigError(f"latency.{kind}: the profile {name} has no entry for it; it has {', '.join(has)}")
-    return replace(profile, entries=entries)
+    return replace(profile, entries=entries, kernels=kernels)
 
 
 @contextmanager

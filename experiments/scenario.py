@@ -231,7 +231,9 @@ class Scenario(Part):
     )
     slo: SloSpec = SloSpec()
     events: str | tuple[EventSpec, ...] | None = Field(default=None, description="a file of cluster events, or a list")
-    predictor: Literal["mean", "max", "oracle"] = Field(default="mean", description="how policies guess output lengths")
+    predictor: Literal["mean", "max", "oracle"] | None = Field(
+        None, description="how policies guess output lengths; null: the system's own way, else mean"
+    )
     until_s: Positive | None = Field(default=None, description="cut the run off at this simulated time")
     seed: Annotated[int, Field(ge=0)] = 0
 

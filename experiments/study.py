@@ -1,7 +1,7 @@
 """What the studies share: a published figure beside ours, written as CSV, Markdown and a plot.
 
-A study is a list of ``Comparison``; ``write`` puts it under a name into a folder. Nothing is tuned to fit: a figure that
-differs stays in the table, with the reason where we know it.
+A study is a list of ``Comparison``; ``write`` puts it under a name into a folder. Nothing is tuned to
+fit: what differs stays in the table, with the reason where we know it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MARKS: dict[Basis, str] = {"arithmetic": "s", "measured profile": "o", "roofline
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One published figure and ours. ``published`` is a number where one was printed; ``text`` says what was printed."""
+    """One published figure and ours. ``published`` is a number where one was printed; ``text``: what was printed."""
 
     where: str
     """Table or figure of the paper."""
@@ -65,7 +65,10 @@ def write(folder: Path, name: str, title: str, intro: str, rows: Sequence[Compar
 def markdown(name: str, title: str, intro: str, rows: Sequence[Comparison]) -> str:
     """The page: what was run, the table, the plot."""
     lines = [f"# {title}", "", intro.strip(), "", f"![ours over published]({name}.png)", ""]
-    lines += ["| Where | What | Published | Ours | Ours / published | Step times | Note |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| Where | What | Published | Ours | Ours / published | Step times | Note |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         published = row.text or _number(row.published, row.unit)
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
@@ -81,7 +84,7 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def _drawn(title: str, rows: Sequence[Comparison]) -> Drawing:
-    """Ours over published, one line each, on a logarithmic axis; those without a printed number are in the table only."""
+    """Ours over published, one line each, on a logarithmic axis; rows without both numbers are left out."""
     shown = [row for row in rows if row.ratio is not None]
     with styled():
         figure = Figure(figsize=(10, 1.6 + 0.27 * len(shown)), layout="constrained")

@@ -65,14 +65,17 @@ def run_point(point: Point) -> dict[str, Any]:
     """Simulate one point; its row."""
     setup = resolve(point.scenario)
     summary = setup.summary(setup.run())
-    return {"system": point.system, "rate_per_s": point.rate_per_s, "seed": point.scenario.seed, **row_of(summary)}
+    figures = row_of(summary, point.rate_per_s)
+    return {"system": point.system, "rate_per_s": point.rate_per_s, "seed": point.scenario.seed, **figures}
 
 
-def row_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
+def row_of(summary: Mapping[str, Any], rate_per_s: float) -> dict[str, float | None]:
     """What a sweep keeps of a summary.
 
-    ``tokens_per_s_per_user`` is 1 / median TPOT, the pace at which the median request's text appears;
-    ``tokens_per_s_per_gpu`` the cluster's output tokens over all of its GPUs.
+    ``good_requests_per_s`` is the arrival rate times the attainment; unlike ``goodput_per_s``, which is over the
+    makespan, it does not fall because a short run takes long to drain. ``tokens_per_s_per_user`` is 1 / median TPOT,
+    the pace at which the median request's text appears; ``tokens_per_s_per_gpu`` the cluster's output tokens over all
+    of its GPUs.
     """
     gpus = sum(summary["gpus"].values())
     slo, tokens_per_s, pace_s = summary["slo"], summary["output_tokens_per_s"], summary["tpot_s"]["p50"]
@@ -84,7 +87,7 @@ def row_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
         **spreads,
         "attainment": slo["attainment"],
         "goodput_per_s": slo["goodput_per_s"],
-        "goodput_per_s_per_gpu": None if slo["goodput_per_s"] is None else slo["goodput_per_s"] / gpus,
+        "good_requests_per_s": None if slo["attainment"] is None else slo["attainment"] * rate_per_s,
         "output_tokens_per_s": tokens_per_s,
         "tokens_per_s_per_gpu": None if tokens_per_s is None else tokens_per_s / gpus,
         "tokens_per_s_per_user": 1 / pace_s if pace_s else None,

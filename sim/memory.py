@@ -9,7 +9,7 @@ request's last blocks first).
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 
 from sim.policy import Limits, Problem
@@ -47,6 +47,47 @@ def kv_blocks(problem: Problem, stages: tuple[Stage, ...], limits: Limits) -> in
         per_token = problem.model.kv_bytes_per_token_layer_gpu(stage.tp) * stage.num_layers
         blocks.append(int(kv_bytes_available(problem, stage, limits) // (per_token * limits.block_size)))
     return max(0, min(blocks))
+
+
+def copied_blocks(tokens: int, input_tokens: int, samples: int, block_size: int) -> int:
+    """Blocks of a group of samples beyond those of its first one, when each has ``tokens`` in the KV cache.
+
+    All share the full blocks of the prompt; a partial last one is copied for each (vLLM, SOSP 2023, section 4.4). The
+    copies are counted from the beginning, since a group is admitted with them.
+    """
+    last = max(tokens, input_tokens)
+    return (samples - 1) * (-(-last // block_size) - input_tokens // block_size)
+
+
+def beam_blocks(input_tokens: int, parents: Sequence[Sequence[int]], block_size: int) -> int:
+    """Distinct blocks that the beams of a search hold at its end, prompt included (vLLM, SOSP 2023, section 4.4).
+
+    ``parents[step][beam]`` is which beam of the step before this one continues (in the first step: any, since all
+    are the prompt). Beams share what they inherit; one that writes into a block that others hold copies it.
+    """
+    if not parents:
+        return -(-input_tokens // block_size)
+    width = len(parents[0])
+    tables = [list(range(-(-input_tokens // block_size)))] * width
+    fresh = len(tables[0])
+    for step, origin in enumerate(parents):
+        tables = [list(tables[parent]) for parent in origin]
+        holders = Counter(block for table in tables for block in table)
+        for table in tables:
+            partial = bool((input_tokens + step) % block_size)
+            if partial and holders[table[-1]] == 1:
+                continue  # it alone holds the block, and writes in place
+            if partial:
+                holders[table.pop()] -= 1
+            table.append(fresh)
+            holders[fresh] = 1
+            fresh += 1
+    return len({block for table in tables for block in table})
+
+
+def sharing_saving(blocks: int, tokens: int, sequences: int, block_size: int) -> float:
+    """Share of the blocks of ``sequences`` unshared ones, of ``tokens`` each, that holding only ``blocks`` saves."""
+    return 1 - blocks / (sequences * -(-tokens // block_size))
 
 
 class Ledger:

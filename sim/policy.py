@@ -28,6 +28,7 @@ from sim.types import (
     Route,
     Signal,
     Slo,
+    Work,
 )
 
 # ---------------------------------------------------------------- the planner's input
@@ -100,6 +101,8 @@ class RequestView(Protocol):
     def klass(self) -> str | None: ...
     @property
     def session(self) -> str | None: ...
+    @property
+    def samples(self) -> int: ...
     @property
     def preemptions(self) -> int: ...
 
@@ -203,10 +206,12 @@ class Batch(Protocol):
         """Decoding requests in order of admission (costs time linear in their number)."""
 
     @property
-    def num_running(self) -> int: ...
+    def num_running(self) -> int:
+        """Sequences of admitted requests: a group of samples counts as that many."""
+
     @property
     def num_decodes(self) -> int:
-        """Decoding requests that could take part in this iteration."""
+        """Decoding sequences that could take part in this iteration."""
 
     @property
     def free_blocks(self) -> int: ...
@@ -215,6 +220,9 @@ class Batch(Protocol):
     @property
     def preempted(self) -> int:
         """How many requests this batch has preempted."""
+
+    def seconds(self, work: Work) -> float:
+        """How long an iteration of that shape takes here, by the latency model: through all stages and hops."""
 
     def tokens_wanted(self, request: RequestView) -> int:
         """Tokens a waiting request would have to compute if admitted now (cached prefix excluded)."""
@@ -347,6 +355,8 @@ class System:
     limits: Limits = field(default_factory=Limits)
     cost: Callable[[StepCost], StepCost] = lambda cost: cost
     options: Mapping[str, object] = field(default_factory=dict)
+    predictor: Predictor | None = None
+    """Of output lengths, where the system is defined by one; whoever simulates may give another."""
 
     def with_limits(self, limits: Limits) -> System:
         return replace(self, limits=limits)

@@ -59,7 +59,10 @@ class Request:
     """Content hashes of the prompt's leading full blocks, each of ``prefix_block_tokens`` tokens."""
     prefix_block_tokens: int | None = None
     priority: int = 0
+    """Lower is served first, by schedulers that look at it."""
     klass: str | None = None
+    samples: int = 1
+    """Outputs sampled in parallel from one prompt, each of ``output_tokens``; they share the prompt's KV."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.arrival_s < float("inf"):
@@ -69,6 +72,8 @@ class Request:
                 f"request {self.id}: input_tokens {self.input_tokens} and output_tokens "
                 f"{self.output_tokens} must both be >= 1"
             )
+        if self.samples < 1:
+            raise ConfigError(f"request {self.id}: samples is {self.samples}; it must be >= 1")
         if self.prefix and not self.prefix_block_tokens:
             raise ConfigError(f"request {self.id}: prefix hashes need prefix_block_tokens")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -158,15 +158,16 @@ def mfu_by_replica(result: Result, problem: Problem) -> dict[str, float | None]:
     that decodes.
     """
     window = Window.of(result)
-    able: Counter[str] = Counter()
+    able: dict[str, float] = defaultdict(float)
     for row in result.rows.replicas:
         able[row.replica] += _peak(problem, row.gpus.split()) * window.inside(row.up_s, row.down_s)
-    done: Counter[str] = Counter()
+    done: dict[str, float] = defaultdict(float)
     for phase, flops in zip(
         ("prefill_stage", "decode_stage"), useful_flops(result.columns, problem.model), strict=True
     ):
         names, place = np.unique(result.columns[phase].astype(str), return_inverse=True)
-        done.update(dict(zip(names.tolist(), np.bincount(place, flops).tolist(), strict=True)))
+        for name, total in zip(names.tolist(), np.bincount(place, flops).tolist(), strict=True):
+            done[name] += total
     return {name: per(done[name], flops) for name, flops in able.items()}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
-from sim import Limits, Plan, System
+from sim import Limits, Plan, Request, System
 from sim.batchers import TokenBudget
 from sim.planners.pools import Colocated, Pool
 from sim.policy import Batch, Batcher, RequestView, Rescheduler, Router, Transfer, View
@@ -171,4 +172,63 @@ def spied(system: System) -> tuple[System, list[Fill]]:
 
 
 def longest_gap_s(times_ps: Sequence[int]) -> float:
-    return max(b - a for a, b in zip(times_ps, times_ps[1:], strict=False)) / 10**12
+    return max(b - a for a, b in pairwise(times_ps)) / 10**12
+
+
+@dataclass
+class Progress:
+    """A request as the spy's notes retell it, one replica, step by step."""
+
+    prompt: int
+    output: int
+    target: int
+    computed: int = 0
+    generated: int = 0
+    chunks: list[int] = field(default_factory=list)
+    running: bool = False
+
+    @property
+    def decoding(self) -> bool:
+        return self.running and self.computed >= self.target
+
+
+def retell(
+    fills: Sequence[Fill], requests: Sequence[Request], *, swap: bool = False, steady: bool = False
+) -> Iterator[tuple[Fill, dict[int, Progress]]]:
+    """Every batch, with all requests as they are once it has run; checks what no schedule may get wrong.
+
+    Chunks add up to the prompt, and after a recompute to prompt and generated tokens; only computed prompts decode;
+    every request ends with its output. ``swap``: preemption keeps KV. ``steady``: decodes never skip a batch.
+    """
+    state = {r.id: Progress(r.input_tokens, r.output_tokens, r.input_tokens) for r in requests}
+    for fill in fills:
+        for number in fill.preempted:
+            one = state[number]
+            one.running = False
+            if not swap or not one.computed >= one.target:
+                one.computed, one.target, one.chunks = 0, one.prompt + one.generated, []
+        for number in (*fill.admitted, *fill.swapped_in):
+            state[number].running = True
+        if steady:
+            assert sorted(fill.decodes) == sorted(number for number, one in state.items() if one.decoding)
+        for number in fill.decodes:
+            assert state[number].decoding
+        for number, tokens in fill.chunks.items():
+            _compute(state[number], tokens)
+        for number in fill.decodes:
+            one = state[number]
+            one.computed, one.target, one.generated = one.computed + 1, one.target + 1, one.generated + 1
+        yield fill, state
+        for one in state.values():
+            one.running &= one.generated < one.output
+    assert all(one.generated == one.output for one in state.values())
+
+
+def _compute(one: Progress, tokens: int) -> None:
+    assert one.running
+    one.computed += tokens
+    one.chunks.append(tokens)
+    assert one.computed <= one.target
+    if one.computed == one.target:
+        assert sum(one.chunks) == one.prompt + one.generated
+        one.generated += 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sim import PolicyError
 from sim.batchers import PausingMixed, PrefillFirst, StallFree, TokenBudget, refuse_if_full
+from sim.batchers.common import admit_prompts
 from sim.policy import Batch, Limits, RequestView
 from tests.lab import ONE, SPLIT, Way, spied, system
 from tests.toys import MS, cluster, problem, request, run
@@ -37,9 +39,10 @@ def test_whole_prompts_wait_for_budget_without_chunking() -> None:
 
 def test_without_chunking_what_might_not_fit_one_budget_is_refused() -> None:
     policy = TokenBudget(chunked_prefill=False)
-    reason = policy.refuse(None, 101, 1000, Limits(max_num_batched_tokens=100))  # type: ignore[arg-type]
+    view: Any = SimpleNamespace(input_tokens=10, samples=1)
+    reason = policy.refuse(view, 101, 1000, Limits(max_num_batched_tokens=100))
     assert reason == "101 tokens (all may have to be recomputed at once) exceed max_num_batched_tokens 100"
-    assert policy.refuse(None, 100, 1000, Limits(max_num_batched_tokens=100)) is None  # type: ignore[arg-type]
+    assert policy.refuse(view, 100, 1000, Limits(max_num_batched_tokens=100)) is None
 
 
 def test_more_decodes_than_budget_wait_for_their_elders() -> None:
@@ -79,6 +82,15 @@ def test_swapped_requests_come_back_before_anybody_is_admitted() -> None:
     assert sorted(n for fill in fills for n in fill.swapped_in) == sorted(n for fill in fills for n in fill.preempted)
 
 
+def test_a_request_may_be_swapped_out_twice() -> None:
+    """It is swapped again, not recomputed: no prompt is computed a second time."""
+    lab, fills = spied(system(lambda: PrefillFirst("swap", watermark=0), num_kv_blocks=20, max_num_seqs=9))
+    shapes = [(1, 25), (26, 40), (42, 40), (121, 39)]
+    result = run(lab, [request(n, 0.0, *shape) for n, shape in enumerate(shapes)], plan=ONE, step_by_step=True)
+    assert max(row.preemptions for row in result.rows.requests) >= 2
+    assert [fill.chunks for fill in fills if fill.chunks] == [{n: shape[0] for n, shape in enumerate(shapes)}]
+
+
 def test_max_num_seqs_holds_back_swapped_arrived_and_waiting() -> None:
     lab, fills = spied(system(PrefillFirst, max_num_seqs=2, router=lambda: Way("p", "d")))
     run(lab, [request(n) for n in range(6)], problem(cluster(1, 2)), plan=SPLIT, step_by_step=True)
@@ -87,13 +99,15 @@ def test_max_num_seqs_holds_back_swapped_arrived_and_waiting() -> None:
 
 
 def test_a_token_budget_preempts_the_latest_for_a_chunk() -> None:
-    """Blocks are taken chunk by chunk, so an earlier prompt may need those of a later one."""
-    lab, fills = spied(system(max_num_batched_tokens=96, num_kv_blocks=11))
-    requests = [request(0, input_tokens=150, output_tokens=2), request(1, input_tokens=24, output_tokens=9)]
-    result = run(lab, requests, plan=ONE, step_by_step=True)
-    assert [row.outcome for row in result.rows.requests] == ["completed"] * 2
-    both = run(system(max_num_batched_tokens=96, num_kv_blocks=11), requests, plan=ONE)
-    assert both.log() == result.log()
+    """Blocks are taken chunk by chunk, so an earlier prompt may take those of a later one, which starts over."""
+    lab, fills = spied(system(lambda: TokenBudget(long_prefill_token_threshold=64), num_kv_blocks=11))
+    requests = [request(0, input_tokens=150, output_tokens=2), request(1, input_tokens=60, output_tokens=9)]
+    run(lab, requests, plan=ONE, step_by_step=True)
+    assert [(fill.chunks, fill.preempted) for fill in fills[:3]] == [
+        ({0: 64, 1: 60}, []),
+        ({0: 64}, [1]),
+        ({0: 22}, []),
+    ]
 
 
 def test_a_chunk_without_room_preempts_itself_in_the_end() -> None:
@@ -141,7 +155,7 @@ def test_one_long_prompt_may_run_alone() -> None:
 
 @pytest.mark.parametrize("policy", [PrefillFirst(), StallFree(), TokenBudget(), PausingMixed()])
 def test_a_request_that_fits_not_even_alone_is_refused(policy: Any) -> None:
-    view = type("View", (), {"input_tokens": 10})()
+    view: Any = SimpleNamespace(input_tokens=10, samples=1)
     assert "tokens need 11 KV blocks" in policy.refuse(view, 161, 10, Limits())
     assert policy.refuse(view, 144, 10, Limits()) is None
     assert refuse_if_full(160, 10, 1, Limits()) == "160 tokens need 10 KV blocks and 1 are kept free; there are 10"
@@ -255,7 +269,10 @@ def _swap_unfinished(batch: Batch, request: RequestView) -> None:
         (_on("waiting", lambda batch, r: batch.preempt(r)), "preempts request 0, which is not running here"),
         (_on("prefilling", _swap_unfinished), r"swaps out request 0, whose prompt is not finished \(40 tokens left\)"),
         (_on("decoding", lambda batch, r: batch.prefill(r, 1)), "prefills request 0, which has no unfinished prompt"),
-        (_on("prefilling", lambda batch, r: batch.prefill(r, 41)), "prefills 41 tokens of request 0, which has 40 left"),
+        (
+            _on("prefilling", lambda batch, r: batch.prefill(r, 41)),
+            "prefills 41 tokens of request 0, which has 40 left",
+        ),
         (_on("prefilling", _prefill_twice), "prefills 1 tokens of request 0, which has 40 left"),
         (_on("decoding", lambda batch, r: batch.welcome(r)), "welcomes request 0, which is not newly arrived"),
         (_on("decoding", lambda batch, r: batch.swap_in(r)), "swaps in request 0, which is not swapped out here"),
@@ -275,7 +292,7 @@ def test_an_illegal_action_names_policy_replica_request_and_numbers(
 def test_decoding_without_blocks_is_illegal() -> None:
     class Reckless(PrefillFirst):
         def fill(self, batch: Batch) -> None:
-            if not self._admit_prompts(batch) and batch.num_decodes:
+            if not admit_prompts(batch, 0, 0) and batch.num_decodes:
                 batch.decode()
 
     with pytest.raises(PolicyError, match="Reckless on a: decodes 2 requests: 2 blocks wanted, 1 free"):

@@ -75,6 +75,14 @@ def test_an_iteration_that_ends_as_the_gpu_is_lost_is_lost_too(late_ps: int) -> 
     assert len(result.token_times_ps(0)) == 2
 
 
+def test_a_gpu_lost_at_the_very_instant_of_an_arrival_computes_nothing() -> None:
+    """The loss that a notice announced comes after the arrival at the same time; the request starts elsewhere."""
+    notice = event("spot_notice", "n0", 0.06, deadline_s=0.05)
+    result = run(system(), [request(0, 0.11)], where(), plan=TWO, events=[notice])
+    assert result.token_times_ps(0)[0] == 110 * MS + 11 * MS
+    assert {step.replica for step in result.rows.steps} == {"b"}
+
+
 @pytest.mark.parametrize("end", ["n0.g0", "n1.g0"])
 def test_kv_on_its_way_is_lost_with_either_end(end: str) -> None:
     """The transfer takes 262 us; the sender or the receiver goes in its midst. The first token was out."""
@@ -104,7 +112,11 @@ def test_a_receiver_lost_while_kv_waits_for_room_frees_the_sender() -> None:
 def test_a_prompt_whose_receiver_is_gone_is_routed_again() -> None:
     """Lost during the prefill: the engine finds out when the KV would leave."""
     result = run(
-        system(router=LeastLoadedPair), [request(0)], where(), plan=TWO_DECODES, events=[event("gpu_lost", "n1.g0", 0.005)]
+        system(router=LeastLoadedPair),
+        [request(0)],
+        where(),
+        plan=TWO_DECODES,
+        events=[event("gpu_lost", "n1.g0", 0.005)],
     )
     row = result.rows.requests[0]
     assert (row.outcome, row.decode_stage, row.first_token_ps) == ("completed", "e", 11 * MS)
@@ -157,7 +169,7 @@ def test_a_notice_comes_before_the_loss() -> None:
 
 
 def test_a_notice_gives_time_to_drain() -> None:
-    """Told at 20 ms, a rescheduler moves everything to the other machine before the loss at 1 s: nothing starts over."""
+    """Told at 20 ms, a rescheduler evacuates the machine before it is lost at 1 s: nothing starts over."""
     rest = Plan(replicas=TWO.replicas[1:])
     script = Script([Change(plan=rest, reason="evacuate n0")])
     result = run(
@@ -220,7 +232,9 @@ def test_a_draining_replica_finishes_what_runs_and_hands_over_what_waits() -> No
 def test_a_draining_decode_replica_waits_for_kv_under_way() -> None:
     rest = Plan(replicas=(TWO_DECODES.replicas[0], TWO_DECODES.replicas[2]))
     script = Script([Change(plan=rest, reason="fewer")], interval_s=0.0111)
-    result = run(system(router=lambda: Way("p", "d"), rescheduler=lambda: script), [request(0)], where(), plan=TWO_DECODES)
+    result = run(
+        system(router=lambda: Way("p", "d"), rescheduler=lambda: script), [request(0)], where(), plan=TWO_DECODES
+    )
     assert outcomes(result) == ["completed"]
     assert result.rows.requests[0].decode_stage == "d"
     assert result.rows.notes[-1].kind == "drained"
@@ -228,11 +242,16 @@ def test_a_draining_decode_replica_waits_for_kv_under_way() -> None:
 
 
 def test_a_role_flip_is_free() -> None:
-    flipped = Plan(replicas=tuple(replace(one, role=role) for one, role in zip(SPLIT.replicas, ("decode", "prefill"), strict=True)))
+    flipped = Plan(
+        replicas=tuple(replace(one, role=role) for one, role in zip(SPLIT.replicas, ("decode", "prefill"), strict=True))
+    )
     change = Change(plan=flipped, reason="flip")
     requests = [request(0, output_tokens=30), request(1, 0.1)]
     result = run(
-        system(router=LeastLoadedPair, rescheduler=lambda: Script([change], interval_s=0.05)), requests, where(), plan=SPLIT
+        system(router=LeastLoadedPair, rescheduler=lambda: Script([change], interval_s=0.05)),
+        requests,
+        where(),
+        plan=SPLIT,
     )
     assert [note.kind for note in result.rows.notes] == ["change"]
     assert [(row.prefill_stage, row.decode_stage) for row in result.rows.requests] == [("p", "d"), ("d", "p")]
@@ -254,8 +273,8 @@ def test_a_change_replaces_what_has_not_come_up_yet() -> None:
 def test_a_loading_replica_that_is_lost_fails_who_waits_for_it() -> None:
     change = Change(plan=Plan(replicas=(replica("x", ["n1.g0"]),)), reason="move", drain=False)
     result = run(
-        system(rescheduler=lambda: Script([change], interval_s=0.02)), [request(0, output_tokens=50)], where(), plan=ONE,
-        events=[event("gpu_lost", "n1.g0", 0.0201)],
+        system(rescheduler=lambda: Script([change], interval_s=0.02)), [request(0, output_tokens=50)], where(),
+        plan=ONE, events=[event("gpu_lost", "n1.g0", 0.0201)],
     )  # fmt: skip
     assert [(row.outcome, row.reason) for row in result.rows.requests] == [("failed", "no replica is up")]
 

@@ -149,9 +149,7 @@ def test_absorbing_keeps_everybodys_progress(
     two.absorb(one)
     assert (one.size, two.size) == (0, len(jobs))
     assert two.context == sum(job.kv_tokens + 1 for job in jobs)
-    assert two.iterations_to_change() == min(
-        50 + n - (steps if n < len(small) else 0) for n in range(len(jobs))
-    )
+    assert two.iterations_to_change() == min(50 + n - (steps if n < len(small) else 0) for n in range(len(jobs)))
     assert one.pop_finished() is None
 
 

@@ -62,7 +62,9 @@ def test_a_prompt_in_chunks_over_segments() -> None:
     """Chunks of 256 of 1000 tokens: each reads the ones before it, 3 ps per pair of tokens."""
     result = run(system(max_num_batched_tokens=256), [request(0, input_tokens=1000, output_tokens=1)], plan=ONE)
     chunks = [(256, 0), (256, 256), (256, 512), (232, 768)]
-    assert result.token_times_ps(0) == [sum(10 * MS + tokens * 10 * US + 3 * tokens * before for tokens, before in chunks)]
+    assert result.token_times_ps(0) == [
+        sum(10 * MS + tokens * 10 * US + 3 * tokens * before for tokens, before in chunks)
+    ]
     assert [(step.iterations, step.prefill_tokens) for step in result.rows.steps] == [(3, 256), (1, 232)]
 
 
@@ -216,7 +218,9 @@ def test_what_never_fits_is_rejected_with_its_reason() -> None:
 
 def test_a_batchers_refusal_is_named() -> None:
     result = run(
-        system(PrefillFirst, max_num_batched_tokens=64), [request(0, input_tokens=65), request(1, input_tokens=64)], plan=ONE
+        system(PrefillFirst, max_num_batched_tokens=64),
+        [request(0, input_tokens=65), request(1, input_tokens=64)],
+        plan=ONE,
     )
     assert result.rows.requests[0].reason == "a: a prompt of 65 tokens exceeds max_num_batched_tokens 64"
     assert result.rows.requests[1].outcome == "completed"
@@ -229,8 +233,8 @@ def test_max_model_len_counts() -> None:
 
 def test_a_split_request_needs_room_for_its_prompt_here_and_all_of_it_there() -> None:
     result = run(
-        system(router=lambda: Way("p", "d"), num_kv_blocks=7), [request(0, output_tokens=14), request(1, output_tokens=13)],
-        problem(cluster(1, 2)), plan=SPLIT,
+        system(router=lambda: Way("p", "d"), num_kv_blocks=7),
+        [request(0, output_tokens=14), request(1, output_tokens=13)], problem(cluster(1, 2)), plan=SPLIT,
     )  # fmt: skip
     assert result.rows.requests[0].reason == "113 tokens exceed the 112 that the KV cache of d holds"
     assert result.rows.requests[1].outcome == "completed"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim import SYSTEMS, ClusterEvent, Request, Result, System
-from sim.predictors import TrueLength
+from sim.predictors import ConstantLength, TrueLength
 from sim.systems.splitwise import Repurpose
 from tests.toys import ToyCost, cluster, problem, run, with_limits
 
@@ -26,6 +26,16 @@ def eager_repurposing(system: System) -> System:
     return replace(system, rescheduler=lambda: Repurpose(window_s=0.3, interval_s=0.1))
 
 
+def reserving(name: str, **options: Any) -> System:
+    """With contexts short enough for a few to fit in the smallest KV cache."""
+    return with_limits(SYSTEMS[name](**options), max_model_len=320)
+
+
+def deceived(system: System) -> System:
+    """What takes itself for an oracle believes in ten tokens."""
+    return replace(system, predictor=ConstantLength(10))
+
+
 SETTINGS: dict[str, Callable[[], System]] = {
     "vllm v1": lambda: SYSTEMS["vllm"](replicas=2, tp=1),
     "vllm v1 long prompts capped": lambda: SYSTEMS["vllm"](replicas=1, tp=2, long_prefill_token_threshold=48),
@@ -35,6 +45,36 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "vllm v0": lambda: SYSTEMS["vllm"](mode="v0", replicas=2, tp=1),
     "vllm v0 swap": lambda: SYSTEMS["vllm"](mode="v0", preemption="swap", replicas=1, tp=2),
     "vllm v0 split": lambda: SYSTEMS["vllm"](mode="v0", **SPLIT),
+    "vllm v1 priority": lambda: SYSTEMS["vllm"](policy="priority", replicas=2, tp=1),
+    "vllm v1 priority pp2": lambda: SYSTEMS["vllm"](policy="priority", replicas=1, tp=1, pp=2),
+    "vllm paper": lambda: SYSTEMS["vllm"](mode="paper", replicas=2, tp=1),
+    "vllm paper swap": lambda: SYSTEMS["vllm"](mode="paper", preemption="swap", replicas=1, tp=2),
+    "vllm paper pp2": lambda: SYSTEMS["vllm"](mode="paper", replicas=1, tp=1, pp=2),
+    "vllm paper split": lambda: SYSTEMS["vllm"](mode="paper", **SPLIT),
+    "orca max": lambda: reserving("orca", replicas=2, tp=1),
+    "orca pow2": lambda: reserving("orca", reserve="pow2", replicas=2, tp=1),
+    "orca oracle pp2": lambda: reserving("orca", reserve="oracle", replicas=1, tp=1, pp=2),
+    "orca oracle deceived": lambda: deceived(reserving("orca", reserve="oracle", replicas=2, tp=1)),
+    "fastertransformer": lambda: reserving("fastertransformer", replicas=2, tp=1),
+    "fastertransformer pp2": lambda: reserving("fastertransformer", replicas=1, tp=1, pp=2),
+    "sarathi": lambda: reserving("sarathi", chunk_size=64, tile=32, replicas=2, tp=1),
+    "sarathi auto": lambda: reserving("sarathi", chunk_size="auto", tile=64, replicas=2, tp=1),
+    "sarathi pp2": lambda: reserving("sarathi", chunk_size=64, tile=32, replicas=1, tp=1, pp=2),
+    "sarathi baseline": lambda: reserving("sarathi", mode="baseline", replicas=2, tp=1),
+    "sarathi baseline pp2": lambda: reserving("sarathi", mode="baseline", replicas=1, tp=1, pp=2),
+    "sarathi orca-best": lambda: reserving("sarathi", mode="orca-best", replicas=2, tp=1),
+    "sarathi-serve chunked-only": lambda: SYSTEMS["sarathi-serve"](
+        token_budget=64, mode="chunked-only", replicas=2, tp=1
+    ),
+    "sarathi-serve chunked-only pp2": lambda: SYSTEMS["sarathi-serve"](
+        token_budget=64, mode="chunked-only", replicas=1, tp=1, pp=2
+    ),
+    "sarathi-serve chunked-only split": lambda: SYSTEMS["sarathi-serve"](token_budget=64, mode="chunked-only", **SPLIT),
+    "sarathi-serve hybrid-only": lambda: SYSTEMS["sarathi-serve"](mode="hybrid-only", replicas=2, tp=1),
+    "sarathi-serve dynamic": lambda: SYSTEMS["sarathi-serve"](
+        dynamic_chunks={"high_tokens": 128, "low_tokens": 32, "stages": 4, "max_tokens": 200}, replicas=2, tp=1
+    ),
+    "sarathi-serve by tbt": lambda: SYSTEMS["sarathi-serve"](tbt_s=0.02, replicas=2, tp=1),
     "sarathi-serve": lambda: SYSTEMS["sarathi-serve"](token_budget=64, replicas=2, tp=1),
     "sarathi-serve pp2": lambda: SYSTEMS["sarathi-serve"](token_budget=64, replicas=1, tp=1, pp=2),
     "sarathi-serve split": lambda: SYSTEMS["sarathi-serve"](token_budget=64, **SPLIT),
@@ -57,7 +97,7 @@ def test_every_system_is_under_the_law() -> None:
 
 @st.composite
 def traffic(draw: st.DrawFn) -> list[Request]:
-    """Bursts on a coarse grid (ties), short and long prompts, some with shared prefixes."""
+    """Bursts on a coarse grid (ties), short and long prompts, some with shared prefixes, some of several samples."""
     count = draw(st.integers(1, 40))
     gap = draw(st.sampled_from([0.0, 0.01, 0.05, 0.3]))
     arrival, requests = 0.0, []
@@ -68,8 +108,9 @@ def traffic(draw: st.DrawFn) -> list[Request]:
         blocks = tuple((shared, block).__hash__() for block in range(tokens // 16)) if shared else ()
         requests.append(
             Request(
-                id=number, arrival_s=arrival, input_tokens=tokens, output_tokens=draw(st.integers(1, 120)), prefix=blocks,
-                prefix_block_tokens=16 if blocks else None,
+                id=number, arrival_s=arrival, input_tokens=tokens, output_tokens=draw(st.integers(1, 120)),
+                prefix=blocks, prefix_block_tokens=16 if blocks else None, priority=draw(st.integers(0, 2)),
+                samples=draw(st.sampled_from([1, 1, 1, 1, 3])),
             )
         )  # fmt: skip
     return requests
@@ -98,11 +139,9 @@ def both_modes(
 ) -> tuple[Result, Result]:
     system = with_limits(make(), **world["limits"])
     where = problem(cluster(gpus=2, nodes=2, gbps=world["gbps"]), world["cost"])
-    collapsed = run(system, requests, where, predictor=TrueLength(), **more)
-    stepped = run(
-        with_limits(make(), **world["limits"]), requests, where, predictor=TrueLength(), step_by_step=True, **more
-    )
-    return collapsed, stepped
+    more["predictor"] = system.predictor or TrueLength()
+    collapsed = run(system, requests, where, **more)
+    return collapsed, run(with_limits(make(), **world["limits"]), requests, where, step_by_step=True, **more)
 
 
 def check(collapsed: Result, stepped: Result, requests: list[Request]) -> None:

@@ -99,9 +99,15 @@ def test_split_shares_what_nobody_asked_for(prefill: Any, decode: Any, counts: t
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (lambda w: Colocated(pool=Pool(replicas=5, tp=4)).plan(w), r"5 mixed replica\(s\), tp 4, pp 1 of llama-2-7b asked for, .* room for 4"),
+        (
+            lambda w: Colocated(pool=Pool(replicas=5, tp=4)).plan(w),
+            r"5 mixed replica\(s\), tp 4, pp 1 of llama-2-7b asked for, .* room for 4",
+        ),
         (lambda w: Colocated(pool=Pool(gpu="T4")).plan(w), "at least one mixed .* on T4 .* room for 0"),
-        (lambda w: Split(prefill=Pool(replicas=4, tp=4), decode=Pool(tp=4)).plan(w), "at least one decode .* room for 0"),
+        (
+            lambda w: Split(prefill=Pool(replicas=4, tp=4), decode=Pool(tp=4)).plan(w),
+            "at least one decode .* room for 0",
+        ),
     ],
 )
 def test_what_the_cluster_has_no_room_for_is_an_error(plan: Any, message: str) -> None:
@@ -114,11 +120,11 @@ def test_pools_come_from_mappings_and_wrong_keys_are_named() -> None:
     assert Pool.of(None, "prefill") == Pool()
     pool = Pool(tp=2)
     assert Pool.of(pool, "decode") is pool
-    with pytest.raises(ConfigError, match="system.prefill.replica is unknown; known are replicas, tp, pp, gpu"):
+    with pytest.raises(ConfigError, match=r"system\.prefill.replica is unknown; known are replicas, tp, pp, gpu"):
         Pool.of({"replica": 2}, "prefill")
-    with pytest.raises(ConfigError, match="system.decode.tp is 0; it must be a whole number >= 1"):
+    with pytest.raises(ConfigError, match=r"system\.decode.tp is 0; it must be a whole number >= 1"):
         Pool.of({"tp": 0}, "decode")
-    with pytest.raises(ConfigError, match="system.decode.tp is 'two'"):
+    with pytest.raises(ConfigError, match=r"system\.decode.tp is 'two'"):
         Pool.of({"tp": "two"}, "decode")
 
 

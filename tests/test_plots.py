@@ -49,13 +49,13 @@ def run(name: str = "split", completed: int = 4) -> Run:
         columns=["replica", "time_s", "used_blocks", "total_blocks", "waiting", "running"],
     )
     replicas = pd.DataFrame(
-        [("p0", "prefill", "H100-SXM", 4, 1), ("d0", "decode", "A100-80G-SXM", 4, 2)],
-        columns=["replica", "role", "gpu", "tp", "pp"],
+        [("p0", "prefill", "H100-SXM", 4, 1, (2.0,)), ("d0", "decode", "A100-80G-SXM", 4, 2, (3.5, 1.75))],
+        columns=["replica", "role", "gpu", "tp", "pp", "stage_busy_s"],
     )
     summary = {
         "name": name, "system": name, "model": "llama-2-70b", "gpus": {"H100-SXM": 4, "A100-80G-SXM": 8},
         "bytes_moved": 4000, "output_tokens_per_s": 10.0, "usd_per_million_tokens": None,
-        "workload": {"rate_per_s": 1.0},
+        "workload": {"rate_per_s": 1.0}, "makespan_s": 5.0,
         "slo": {"ttft_s": 1.0, "tpot_s": 0.1, "e2e_s": None, "target": 0.9, "attainment": 0.5, "goodput_per_s": 0.5},
     }  # fmt: skip
     return Run(
@@ -119,7 +119,8 @@ def test_the_gallery_writes_every_figure_and_equal_runs_give_equal_files(tmp_pat
         save_all({"vllm": run(), "Split wise": run()}, folder, name="x")
     first, second = ({path.name: path.read_bytes() for path in sorted(folder.iterdir())} for folder in folders)
     assert first == second
-    stems = {"overview", "latency-cdf", "slo-attainment", "kv-and-queue", "timeline-vllm", "timeline-split-wise"}
+    stems = {"overview", "latency-cdf", "slo-attainment", "kv-and-queue", "utilisation"}
+    stems |= {f"{kind}-{run_name}" for kind in ("timeline", "links") for run_name in ("vllm", "split-wise")}
     assert set(first) == {f"{stem}.{suffix}" for stem in stems for suffix in ("png", "svg", "csv")}
     for name, data in first.items():
         if name.endswith(".png"):
@@ -135,7 +136,7 @@ def test_runs_without_a_completed_request_can_be_drawn(tmp_path: Path) -> None:
         name="bare", summary=empty.summary, requests=empty.requests, steps=empty.steps.iloc[:0],
         links=empty.links.iloc[:0], memory=empty.memory.iloc[:0], replicas=empty.replicas,
     )  # fmt: skip
-    assert len(save_all({"bare": bare}, tmp_path, name="x")) == 15
+    assert len(save_all({"bare": bare}, tmp_path, name="x")) == 18
 
 
 def test_titles_and_targets_come_from_the_summary() -> None:

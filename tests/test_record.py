@@ -15,7 +15,10 @@ from tests.toys import MS, cluster, problem, request, run
 
 def test_tables_have_one_row_per_thing_in_seconds() -> None:
     result = run(
-        system(router=lambda: Way("p", "d")), [request(0), request(1, 0.1, klass="chat")], problem(cluster(1, 2)), plan=SPLIT
+        system(router=lambda: Way("p", "d")),
+        [request(0), request(1, 0.1, klass="chat")],
+        problem(cluster(1, 2)),
+        plan=SPLIT,
     )
     assert tuple(result.requests.columns) == REQUEST_COLUMNS
     assert list(result.requests.request) == [0, 1]
@@ -46,9 +49,7 @@ def test_token_times_over_moves_faults_and_preemptions_are_those_of_the_step_by_
     requests = [request(n, 0.003 * n, 20 + 7 * n, 40) for n in range(12)]
     lost = [ClusterEvent(at_s=0.2, kind="node_lost", target="n1")]
     both = [
-        run(
-            system(num_kv_blocks=12), requests, problem(cluster(1, 2)), plan=TWO, events=lost, step_by_step=mode
-        )
+        run(system(num_kv_blocks=12), requests, problem(cluster(1, 2)), plan=TWO, events=lost, step_by_step=mode)
         for mode in (False, True)
     ]
     assert sum(row.preemptions for row in both[0].rows.requests) > 0
@@ -70,7 +71,9 @@ def test_the_log_is_integers_one_line_a_request() -> None:
 
 
 def test_results_are_sorted_by_request_and_unknown_ones_are_key_errors() -> None:
-    result = run(system(max_num_seqs=1), [request(0, 0.0, output_tokens=50), request(1, 0.0, output_tokens=1)], plan=ONE)
+    result = run(
+        system(max_num_seqs=1), [request(0, 0.0, output_tokens=50), request(1, 0.0, output_tokens=1)], plan=ONE
+    )
     assert [row.request.id for row in result.rows.requests] == [0, 1]
     with pytest.raises(KeyError):
         result.token_times_ps(7)

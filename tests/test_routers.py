@@ -92,9 +92,7 @@ def test_a_missing_side_is_a_refusal_that_names_it() -> None:
 
 def test_in_a_run_every_place_is_given_back() -> None:
     router = LeastLoadedPair()
-    run(
-        system(router=lambda: router), [request(n, 0.01 * n) for n in range(20)], problem(cluster(1, 2)), plan=SPLIT
-    )
+    run(system(router=lambda: router), [request(n, 0.01 * n) for n in range(20)], problem(cluster(1, 2)), plan=SPLIT)
     assert set(router._assigned.values()) == {0}
     assert not router._place
 

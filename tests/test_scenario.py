@@ -281,6 +281,12 @@ def test_latency_choices() -> None:
     assert {gpu for profile in mixed.profiles for entry in profile.entries for gpu in entry.gpus} == {"H100-SXM"}
 
 
+def test_kernel_tables_can_be_chosen_by_gpu_type() -> None:
+    cost = build_cost({"L40S": "vllm-0.14-l40s"})
+    assert isinstance(cost, Fitted)
+    assert [tables.gpus for profile in cost.profiles for tables in profile.kernels] == [("L40S",)]
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("mean", 10), ("max", 10), ("oracle", 10)])
 def test_predictors(path: Path, name: str, tokens: int) -> None:
     setup = resolve(Scenario.load(path, [f"predictor={name}"]))

@@ -55,7 +55,9 @@ def test_a_latency_is_paid_once_by_a_push_and_twice_by_a_pull() -> None:
 def test_layer_by_layer_hides_what_flows_during_the_prefill(gbps: float) -> None:
     """Splitwise, section 4.3: visible = max(X / L, X - T (L - 1) / L) + sync."""
     model = replace(TINY, num_layers=4)
-    plan = Plan(replicas=tuple(replace(r, stages=tuple(replace(s, end_layer=4) for s in r.stages)) for r in SPLIT.replicas))
+    plan = Plan(
+        replicas=tuple(replace(r, stages=tuple(replace(s, end_layer=4) for s in r.stages)) for r in SPLIT.replicas)
+    )
     base = where(gbps)
     world = replace(base, model=model)
     result = run(pushed(transfer=lambda: LayerByLayer(0.005)), [request(0)], world, plan=plan)
@@ -143,7 +145,9 @@ def test_parts_that_come_early_or_are_too_many_are_a_policy_error(parts: tuple[C
 
 def test_a_link_cut_for_good_stalls_and_says_where() -> None:
     cut = ClusterEvent(at_s=0.0, kind="link_scaled", target="nic:n0:out", factor=0.0)
-    with pytest.raises(StalledError, match=r"2 requests are unfinished.*p \(prefill\).*KV leaving 2.*d \(decode\).*KV arriving 2"):
+    with pytest.raises(
+        StalledError, match=r"2 requests are unfinished.*p \(prefill\).*KV leaving 2.*d \(decode\).*KV arriving 2"
+    ):
         run(pushed(), [request(0), request(1)], where(), plan=SPLIT, events=[cut])
 
 
@@ -160,9 +164,7 @@ def test_replicas_that_wait_for_each_others_room_are_set_free() -> None:
     """Each holds a prompt for the other and has no block left: the last to ask starts over at its target."""
     plan = Plan(replicas=(replica("a", ["n0.g0"]), replica("b", ["n1.g0"])))
     requests = [request(number, input_tokens=60, output_tokens=4) for number in range(6)]
-    result = run(
-        system(router=lambda: Way(["a", "b"], ["b", "a"]), num_kv_blocks=4), requests, where(), plan=plan
-    )
+    result = run(system(router=lambda: Way(["a", "b"], ["b", "a"]), num_kv_blocks=4), requests, where(), plan=plan)
     assert [row.outcome for row in result.rows.requests] == ["completed"] * 6
     assert sum(row.preemptions for row in result.rows.requests) >= 1
 

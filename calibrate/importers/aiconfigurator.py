@@ -2,10 +2,11 @@
 
 ``python -m calibrate.importers.aiconfigurator data/h100_sxm --out vllm-0.19-h100-sxm.json``
 
-PATH is a system's folder with ``gemm/vllm/VERSION``, ``attention/vllm/VERSION`` and ``comm/vllm/VERSION`` below it. Kept:
-16-bit GEMMs by (tokens, n, k) on a thinner grid, attention of 128-wide heads with a 16-bit cache and no window (prompts one
-at a time, without context; decodes by sequences and context), and the all-reduce that vLLM captures in graphs.
-Repeated rows are averaged by their median. Decodes too large to measure continue their row's last slope.
+PATH is a system's folder with ``gemm/vllm/VERSION``, ``attention/vllm/VERSION`` and ``comm/vllm/VERSION`` below it.
+Kept: 16-bit GEMMs by (tokens, n, k) on a thinner grid, attention of 128-wide heads with a 16-bit cache and no window
+(prompts one at a time, without context; decodes by sequences and context), and the all-reduce that vLLM captures in
+graphs. Repeated rows count as their median. Decodes too large to measure continue their row's last
+slope, or take in proportion what fewer sequences take (reading the cache), whichever is more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pandas as pd
 import typer
 
 from calibrate import fit
+from calibrate.fit import Floats
 from calibrate.profile_file import write_profile
 from sim.cost import AttentionTable, GemmTable, Grid, HeldOut, Kernels, Profile, Provenance, Table
 from sim.types import ConfigError
@@ -31,9 +33,31 @@ GPUS = {
     "rtx_pro_6000_server": ("RTX-PRO-6000",),
 }
 DTYPES = ("bfloat16", "float16")
-TOKENS = (1, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072)
-TOKENS += (4096, 8192, 16384)
-WIDTHS = (128, 256, 512, 1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 10240, 12288, 16384, 51200, 65536)
+TOKENS: tuple[int, ...] = (
+    1, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096,
+    8192, 16384,
+)  # fmt: skip
+WIDTHS = (
+    128,
+    256,
+    512,
+    1024,
+    1536,
+    2048,
+    2560,
+    3072,
+    3584,
+    4096,
+    5120,
+    6144,
+    7168,
+    8192,
+    10240,
+    12288,
+    16384,
+    51200,
+    65536,
+)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 CONTEXTS = (1, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEAD_DIM = 128
@@ -96,10 +120,15 @@ def _read(folder: Path, kind: str, name: str, columns: Sequence[str]) -> tuple[p
 
 def gemm_table(rows: pd.DataFrame) -> GemmTable:
     """16-bit GEMMs on the grid that ``TOKENS`` and ``WIDTHS`` share with the file; holes are filled geometrically."""
-    table = rows[rows.gemm_dtype == "bfloat16"].groupby(["n", "k", "m"]).s.median()
-    tokens = [count for count in TOKENS if count in table.index.levels[2]]
-    n, k = ([width for width in WIDTHS if width in table.index.levels[level]] for level in (0, 1))
-    cube = table.reindex(pd.MultiIndex.from_product([n, k, tokens])).to_numpy(copy=True).reshape(len(n), len(k), len(tokens))
+    gemms = rows[rows.gemm_dtype == "bfloat16"]
+    tokens = [count for count in TOKENS if (gemms.m == count).any()]
+    n, k = ([width for width in WIDTHS if (gemms[side] == width).any()] for side in ("n", "k"))
+    table = gemms.groupby(["n", "k", "m"]).s.median()
+    cube = (
+        table.reindex(pd.MultiIndex.from_product([n, k, tokens]))
+        .to_numpy(copy=True)
+        .reshape(len(n), len(k), len(tokens))
+    )
     for i, j in np.argwhere(np.isnan(cube).any(axis=2)):  # the largest square is not measured
         cube[i, j] = cube[i - 1, j] * cube[i, j - 1] / cube[i - 1, j - 1]
     return GemmTable(tokens=tuple(tokens), n=tuple(n), k=tuple(k), seconds=_nested(cube))
@@ -115,7 +144,7 @@ def attention_tables(prompts: pd.DataFrame, decodes: pd.DataFrame) -> tuple[Atte
     shape = ["num_heads", "num_key_value_heads"]
     alone = prompts[prompts.batch_size == 1].groupby([*shape, "isl"]).s.median()
     steps = decodes.assign(context=decodes.isl + decodes.step).groupby([*shape, "batch_size", "context"]).s.median()
-    pairs = sorted(set(alone.index.droplevel(2)) & set(steps.index.droplevel([2, 3])))
+    pairs = sorted({tuple(key[:2]) for key in alone.index} & {tuple(key[:2]) for key in steps.index})
     tables = []
     for heads, kv_heads in pairs:
         lengths, grid = alone[heads, kv_heads], steps[heads, kv_heads].unstack()
@@ -123,22 +152,22 @@ def attention_tables(prompts: pd.DataFrame, decodes: pd.DataFrame) -> tuple[Atte
         prefill = Table(counts=tuple(int(x) for x in lengths.index), seconds=seconds, per="layer")
         decode = _decode_grid(grid)
         tables.append(
-            AttentionTable(
-                heads=int(heads), kv_heads=int(kv_heads), head_dim=HEAD_DIM, prefill=prefill, decode=decode
-            )
+            AttentionTable(heads=int(heads), kv_heads=int(kv_heads), head_dim=HEAD_DIM, prefill=prefill, decode=decode)
         )
     return tuple(tables)
 
 
 def _decode_grid(grid: pd.DataFrame) -> Grid:
     counts = [count for count in BATCHES if count in grid.index]
-    rows = []
-    for count in counts:
+    at = np.array(CONTEXTS, float)
+    rows: list[Floats] = []
+    for number, count in enumerate(counts):
         known = grid.loc[count].dropna()
         x, y = known.index.to_numpy(float), fit.rising(known.to_numpy(float))
-        slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
-        at = np.array(CONTEXTS, float)
-        rows.append(np.where(at <= x[-1], np.interp(at, x, y), y[-1] + slope * (at - x[-1])))
+        beyond = y[-1] + (y[-1] - y[-2]) / (x[-1] - x[-2]) * (at - x[-1])
+        if number:
+            beyond = np.maximum(beyond, rows[-1] * count / counts[number - 1])
+        rows.append(np.where(at <= x[-1], np.interp(at, x, y), beyond))
     seconds = tuple(tuple(round(float(value), 9) for value in row) for row in rows)
     return Grid(counts=tuple(counts), contexts=CONTEXTS, seconds=seconds, per="layer")
 
@@ -147,7 +176,8 @@ def all_reduce_tables(rows: pd.DataFrame) -> dict[int, Table]:
     """vLLM's own all-reduce inside graphs, by bytes of the vector."""
     graph = rows[rows.kernel_source == "vLLM_custom_graph"]
     tables = {}
-    for count, group in graph.groupby("num_gpus"):
+    for count in sorted(set(graph.num_gpus.tolist())):
+        group = graph[graph.num_gpus == count]
         medians = group.groupby("message_size").s.median()
         seconds = tuple(round(float(value), 9) for value in fit.rising(medians.to_numpy(float)))
         tables[int(count)] = Table(counts=tuple(int(x) for x in medians.index), seconds=seconds)

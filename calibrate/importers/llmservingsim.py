@@ -166,17 +166,15 @@ def linear(folder: Path, spec: ModelSpec) -> tuple[Floats, Floats]:
 
 def _experts(path: Path, spec: ModelSpec, tokens: Floats) -> Floats:
     """Expert kernels of a layer, for as many experts as ``tokens`` reach on average: E(1 - (1 - k/E)^tokens)."""
-    assert spec.num_experts is not None and spec.experts_per_token is not None
+    assert spec.num_experts is not None
+    assert spec.experts_per_token is not None
     table = _read(path).pivot_table(index="tokens", columns="activated_experts", values="time_us")
     reached = spec.num_experts * (1 - (1 - spec.experts_per_token / spec.num_experts) ** tokens)
-    at_knots = []
-    for count, row in table.iterrows():
-        known = row.dropna()
-        at_knots.append((count, known.index.to_numpy(float), known.to_numpy(float)))
-    counts = np.array([count for count, _, _ in at_knots], float)
-    return np.array(
-        [np.interp(n, counts, [np.interp(e, x, y) for _, x, y in at_knots]) for n, e in zip(tokens, reached, strict=True)]
-    ) * US  # fmt: skip
+    knots = [(count, row.dropna()) for count, row in table.iterrows()]
+    counts = np.array([count for count, _ in knots], float)
+    by_experts = [np.interp(reached, row.index.to_numpy(float), row.to_numpy(float)) for _, row in knots]
+    columns = np.transpose(by_experts)
+    return np.array([np.interp(n, counts, column) for n, column in zip(tokens, columns, strict=True)]) * US
 
 
 def read_attention(path: Path) -> Attention:

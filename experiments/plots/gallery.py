@@ -8,10 +8,12 @@ from pathlib import Path
 
 from experiments.plots.attainment import attainment_by_scale
 from experiments.plots.latency import latency_cdfs
+from experiments.plots.links import link_use
 from experiments.plots.occupancy import occupancy
 from experiments.plots.overview import overview
 from experiments.plots.style import Drawing, save
 from experiments.plots.timeline import Window, gpu_timeline
+from experiments.plots.utilisation import utilisation
 from experiments.rundir import Run
 from sim.types import Slo
 
@@ -34,8 +36,12 @@ def drawings(
     yield "latency-cdf", latency_cdfs(runs, slo)
     yield "slo-attainment", attainment_by_scale(runs, slo)
     yield "kv-and-queue", occupancy(runs)
+    yield "utilisation", utilisation(runs)
     for name, run in runs.items():
-        yield f"timeline-{re.sub(r'[^a-z0-9.]+', '-', name.lower())}", gpu_timeline(run, window_s)
+        stem = re.sub(r"[^a-z0-9.]+", "-", name.lower())
+        yield f"timeline-{stem}", gpu_timeline(run, window_s)
+        if len(run.links):
+            yield f"links-{stem}", link_use(run)
 
 
 def headline(name: str, run: Run) -> str:

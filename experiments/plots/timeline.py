@@ -73,7 +73,7 @@ def draw_timeline(axes: Axes, run: Run, table: pd.DataFrame, window: Window) -> 
     axes.add_collection(_transfer_lines(table, lanes))
     axes.set_xlim(*window)
     axes.set_ylim(len(lanes) - 0.4, -0.6)
-    axes.set_yticks(list(lanes.values()), [_lane_name(row) for row in run.replicas.itertuples()])
+    axes.set_yticks(list(lanes.values()), [lane_name(row) for row in run.replicas.itertuples()])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("simulated time (s)")
@@ -105,6 +105,7 @@ def _inside(table: pd.DataFrame, window: Window) -> pd.DataFrame:
     return table[(table["end_s"] >= window[0]) & (table["start_s"] <= window[1])]
 
 
-def _lane_name(row: Any) -> str:
+def lane_name(row: Any) -> str:
+    """A row of the table of replicas, as a tick label."""
     pipeline = f" PP{row.pp}" if row.pp > 1 else ""
     return f"{row.replica}\n{row.gpu} TP{row.tp}{pipeline}"

@@ -137,7 +137,8 @@ def _measured(entry: ProfileEntry, guess: Operators, scale: _Scale) -> Operators
     mixed = decode
     if entry.attention_mixed is not None:
         mixed = _decode_rows(scale.surface(entry.attention_mixed, scale.context_ps, causal=False))
-    return replace(guess, **fixed, overhead_ps=overhead_ps, chunk=chunk, decode=decode, mixed=mixed)
+    operators = replace(guess, overhead_ps=overhead_ps, chunk=chunk, decode=decode, mixed=mixed)
+    return replace(operators, **fixed)  # type: ignore[arg-type]
 
 
 def _free(_count: int) -> tuple[int, bool]:

@@ -1,7 +1,7 @@
 """Kernel tables of one GPU type, for any dense model: GEMMs by (tokens, n, k), attention by heads, all-reduce by bytes.
 
-``Kernels.entry`` puts a model together from them at one tensor-parallel degree. Kernels that the tables lack (norms, rope,
-activation, cache write, sampler) are small: they take a launch or their memory traffic.
+``Kernels.entry`` puts a model together from them at one tensor-parallel degree. Kernels that the tables lack (norms,
+rope, activation, cache write, sampler) are small: they take a launch and their memory traffic.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class GemmTable:
         for name in ("tokens", "n", "k"):
             axis = getattr(self, name)
             if len(axis) < 2 or axis[0] < 1 or any(b <= a for a, b in pairwise(axis)):
-                raise ConfigError(f"{name} {list(axis)}: needs at least 2 whole numbers >= 1, each larger than the last")
+                raise ConfigError(
+                    f"{name} {list(axis)}: needs at least 2 whole numbers >= 1, each larger than the last"
+                )
         shape = {len(row) for plane in self.seconds for row in plane}
         if len(self.seconds) != len(self.n) or {len(plane) for plane in self.seconds} != {len(self.k)}:
             raise ConfigError(f"seconds must have {len(self.n)} planes (n) of {len(self.k)} rows (k)")
@@ -51,7 +53,7 @@ class GemmTable:
             raise ConfigError("seconds: every value must be a number > 0")
 
     def row(self, n: int, k: int) -> tuple[float, ...]:
-        """Seconds by ``tokens`` for any shape: geometric between its neighbours in the table, proportional beyond it."""
+        """Seconds by ``tokens`` for any shape: geometric between its neighbours in the table, in proportion beyond."""
         low_n, high_n, part_n, times_n = _place(self.n, n)
         low_k, high_k, part_k, times_k = _place(self.k, k)
         corners = [
@@ -102,8 +104,8 @@ class Kernels:
             linear=self._linear(model, tp, gpu),
             head=self._head(model, tp, gpu),
             collective=self._collective(model, tp),
-            attention_prefill=attention and _chunks(attention.prefill),
-            attention_decode=attention and attention.decode,
+            attention_prefill=_chunks(attention.prefill) if attention is not None else None,
+            attention_decode=attention.decode if attention is not None else None,
             held_out=self.held_out,
         )
 
@@ -168,7 +170,7 @@ def _along(axis: Sequence[int], seconds: Sequence[float], value: float, power: f
     if value <= axis[0]:
         return seconds[0]
     if value >= axis[-1]:
-        return seconds[-1] * (value / axis[-1]) ** power
+        return seconds[-1] * float((value / axis[-1]) ** power)
     low = bisect_right(axis, value) - 1
     part = (value - axis[low]) / (axis[low + 1] - axis[low])
     return seconds[low] + part * (seconds[low + 1] - seconds[low])

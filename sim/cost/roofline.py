@@ -21,8 +21,8 @@ COLLECTIVES_PER_LAYER = 2
 class Overhead:
     """What a serving engine adds to a step outside its kernels: once, and for every sequence in it.
 
-    Scheduling, launches, preparing inputs, taking samples back. Nearly nothing where the processor prepares a step while
-    the GPU works on the last one (asynchronous scheduling).
+    Scheduling, launches, preparing inputs, taking samples back. Nearly nothing where the processor prepares a step
+    while the GPU works on the last one (asynchronous scheduling).
     """
 
     step_s: float = 0.0

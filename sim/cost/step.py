@@ -63,8 +63,8 @@ class Operators:
     """What a step on one stage is made of. Each function rises in its count; rows rise in it and in the context.
 
     ``chunk`` and ``decode`` price attention: of a chunk of so many tokens by the context before it, and of
-    so many decoding sequences by the sum of their contexts. ``sequence_ps``: overhead of each sequence. ``mixed`` prices the latter in a step that also has
-    chunks, where engines run one kernel for both that suits decodes less.
+    so many decoding sequences by the sum of their contexts; ``mixed`` prices the latter in a step that also has
+    chunks, where engines run one kernel for both that suits decodes less. ``sequence_ps``: overhead of each sequence.
     """
 
     linear: Fixed

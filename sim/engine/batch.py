@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from sim.types import PolicyError, Role
+from sim.types import PolicyError, Role, Work, to_s
 
 if TYPE_CHECKING:
     from sim.engine.cohort import Cohort
@@ -80,12 +80,13 @@ class Draft:
 
     @property
     def num_running(self) -> int:
-        return len(self.replica.running)
+        running = self.replica.running
+        return sum(job.samples for job in running) if self.replica.has_groups else len(running)
 
     @property
     def num_decodes(self) -> int:
         idle = self.replica.idle
-        return (idle.size if idle is not None else 0) + len(self.replica.paused)
+        return (idle.size if idle is not None else 0) + sum([job.samples for job in self.replica.paused])
 
     @property
     def free_blocks(self) -> int:
@@ -94,6 +95,11 @@ class Draft:
     @property
     def total_blocks(self) -> int:
         return self.replica.ledger.total
+
+    def seconds(self, work: Work) -> float:
+        replica = self.replica
+        hops_ps = (len(replica.costs) - 1) * replica.hop_ps(work.tokens)
+        return to_s(sum(cost.line(work).first_ps for cost in replica.costs) + hops_ps)
 
     def tokens_wanted(self, request: RequestView) -> int:
         job = cast("Job", request)
@@ -134,7 +140,7 @@ class Draft:
         del replica.running[job]
         replica.paused.pop(job, None)
         if how == "swap":
-            self.swap_blocks += job.held_blocks
+            self.swap_blocks += job.held_blocks + job.copied_blocks
             replica.release(job)
             replica.swapped[job] = None
             return
@@ -157,7 +163,9 @@ class Draft:
             raise self._illegal(f"admits {job} with {tokens} tokens; it wants {wanted}")
         known = job.hashes[: cached // ledger.block_size]
         keep = job.computed_tokens + cached + tokens
-        need = max(0, ledger.blocks(max(keep, reserve_tokens or 0)) - job.held_blocks - len(known))
+        hold = max(keep, reserve_tokens or 0)
+        copies = job.copies(hold, ledger.block_size) - job.copied_blocks
+        need = max(0, ledger.blocks(hold) - job.held_blocks - len(known)) + copies
         if ledger.free - need - (ledger.idle_blocks(known) if known else 0) < keep_free_blocks:
             return False
         del replica.waiting[job]
@@ -168,7 +176,8 @@ class Draft:
             job.cached_tokens += cached
             replica.computed(job, cached)
         ledger.take(need)
-        job.blocks += need
+        job.blocks += need - copies
+        job.copied_blocks += copies
         replica.running[job] = None
         replica.prefilling[job] = None
         self._schedule(job, tokens)
@@ -201,12 +210,13 @@ class Draft:
         job, replica = cast("Job", request), self.replica
         if job not in replica.swapped:
             raise self._illegal(f"swaps in {job}, which is not swapped out here")
-        need = replica.ledger.blocks(job.computed_tokens)
+        copies = job.copies(job.computed_tokens, replica.ledger.block_size)
+        need = replica.ledger.blocks(job.computed_tokens) + copies
         if replica.ledger.free - need - self._growth(job) < keep_free_blocks:
             return False
         del replica.swapped[job]
         replica.ledger.take(need)
-        job.blocks = need
+        job.blocks, job.copied_blocks = need - copies, copies
         self.swap_blocks += need
         replica.running[job] = None
         self._join(job)
@@ -264,14 +274,14 @@ class Draft:
 
     def _join(self, job: Job) -> None:
         self.replica.idle_cohort().join(job)
-        if self.cohort is not None and self._growth(job):
-            self.replica.ledger.take(1)
+        if self.cohort is not None:
+            self.replica.ledger.take(self._growth(job))
 
     def _drop_decode(self, job: Job) -> None:
         """Out of the decodes; the block it was given for this very batch goes back with the others."""
         if job.cohort is None:
             return
-        grown = self.cohort is not None and self._growth(job) > 0
+        grown = self._growth(job) if self.cohort is not None else 0
         job.cohort.leave(job)
         job.blocks += grown
 
@@ -279,7 +289,8 @@ class Draft:
         """Blocks the job needs to append one token."""
         held = job.held_blocks if job.cohort is None or job.reserved else 0
         kv = job.kv_tokens
-        return int(kv % self.replica.ledger.block_size == 0 and held * self.replica.ledger.block_size <= kv)
+        more = kv % self.replica.ledger.block_size == 0 and held * self.replica.ledger.block_size <= kv
+        return job.samples if more else 0
 
     def _away(self, job: Job) -> bool:
         """The job is inside another micro-batch in flight."""

@@ -153,7 +153,7 @@ class Changes:
                 engine.moves.abandon(delivery, lost=replica)
             if job.cohort is not None:
                 job.cohort.leave(job)
-            job.blocks = 0
+            job.blocks = job.copied_blocks = 0
             job.shared = []
             self._displace(job)
         engine.put_away(replica)

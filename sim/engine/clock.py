@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from math import inf
 from heapq import heappush
+from math import inf
 from typing import Any
 
 import simpy

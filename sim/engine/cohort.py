@@ -1,4 +1,6 @@
-"""Decoding requests that advance together, one token each per iteration.
+"""Decoding sequences that advance together, one token each per iteration.
+
+A request is one sequence, a group of samples that many of equal length.
 
 Nothing per request is touched when the cohort advances: a member's KV length is ``base + it``, its blocks
 follow from a histogram of ``base`` modulo the block size, the next completion is the top of a heap, and
@@ -23,8 +25,8 @@ class Cohort:
         self.block_size = block_size
         self.it = 0
         self.size = 0
-        self.context = 0  # sum over members of KV tokens + 1: what attention reads, the new token included
-        self._bases = [0] * block_size  # members that grow, by base modulo the block size
+        self.context = 0  # sum over sequences of KV tokens + 1: what attention reads, the new token included
+        self._bases = [0] * block_size  # sequences that grow, by base modulo the block size
         self._finishing: list[tuple[int, int, Job]] = []
         self.reserves: list[tuple[int, int, Job]] = []  # when a member outgrows the blocks it reserved
         self._order = 0
@@ -38,8 +40,8 @@ class Cohort:
         job.cohort = self
         job.join_it = self.it
         job.base = kv - self.it
-        self.size += 1
-        self.context += kv + 1
+        self.size += job.samples
+        self.context += (kv + 1) * job.samples
         self._order += 1
         job.seat = self._order
         spare = job.held_blocks * self.block_size - kv
@@ -47,7 +49,7 @@ class Cohort:
         if job.reserved:
             heappush(self.reserves, (self.it + spare, job.seat, job))
         else:
-            self._bases[job.base % self.block_size] += 1
+            self._bases[job.base % self.block_size] += job.samples
         heappush(self._finishing, (self.it + job.tokens_left, self._order, job))
 
     def leave(self, job: Job) -> None:
@@ -56,12 +58,13 @@ class Cohort:
         if done:
             job.tokens.append((self.id, job.join_it, self.it))
         job.generated_tokens += done
-        job.computed_tokens = job.base + self.it
-        self.size -= 1
-        self.context -= job.computed_tokens + 1
+        job.computed_tokens = job.target_tokens = job.base + self.it
+        self.size -= job.samples
+        self.context -= (job.computed_tokens + 1) * job.samples
         if not job.reserved:
-            self._bases[job.base % self.block_size] -= 1
+            self._bases[job.base % self.block_size] -= job.samples
             job.blocks = -(-job.computed_tokens // self.block_size) - len(job.shared)
+            job.copied_blocks = job.copies(job.computed_tokens, self.block_size)
         job.cohort = None
 
     def members(self) -> list[Job]:
@@ -111,7 +114,7 @@ class Cohort:
         while self.reserves and self._next(self.reserves) == self.it:
             _, _, job = heappop(self.reserves)
             job.reserved = False
-            self._bases[job.base % self.block_size] += 1
+            self._bases[job.base % self.block_size] += job.samples
 
     def growth(self, iterations: int, skip: int = 0) -> int:
         """Blocks that ``iterations`` iterations take, after skipping the next ``skip`` ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
+from sim.memory import copied_blocks
 from sim.record import CohortId
 from sim.types import Request, Route, to_ps
 
@@ -29,6 +30,7 @@ class Job:
         "cached_tokens",
         "cohort",
         "computed_tokens",
+        "copied_blocks",
         "epoch",
         "first_scheduled_ps",
         "first_token_ps",
@@ -49,6 +51,7 @@ class Job:
         "request",
         "reserved",
         "route",
+        "samples",
         "seat",
         "session",
         "shared",
@@ -67,6 +70,7 @@ class Job:
         self.predicted_output_tokens = predicted_output_tokens
         self.priority = request.priority
         self.klass = request.klass
+        self.samples = request.samples
         self.session = request.session
         self.hashes: tuple[Hashable, ...] = ()
         self.target_tokens = request.input_tokens
@@ -76,6 +80,7 @@ class Job:
         self.epoch = 0  # grows when a fault takes the job's place away: late mail recognises itself by it
         self.in_flight = False
         self.blocks = 0  # blank KV blocks held; `shared` are held on top
+        self.copied_blocks = 0  # and those of a group's other samples
         self.shared: list[Hashable] = []
         self.published = 0  # hashes[:published] have been looked at for publishing
         self.reserved = False  # blocks for the whole life were taken at admission: no growth
@@ -110,13 +115,24 @@ class Job:
     def held_blocks(self) -> int:
         return self.blocks + len(self.shared)
 
+    def copies(self, tokens: int, block_size: int) -> int:
+        """Blocks of the other samples when each has so many tokens."""
+        return copied_blocks(tokens, self.input_tokens, self.samples, block_size) if self.samples > 1 else 0
+
     @property
     def tokens_left(self) -> int:
         """Output tokens still to be emitted, for a job outside any cohort."""
         return self._output_tokens - self.generated_tokens
 
     def start_over(self) -> None:
-        """Forget all KV; what was generated is kept and will be recomputed with the prompt."""
+        """Forget all KV; what was generated is kept and will be recomputed with the prompt.
+
+        A group of samples cannot be recomputed in one pass: it begins anew.
+        """
+        if self.samples > 1:
+            self.generated_tokens = 0
+            self.tokens.clear()
+            self.first_token_ps = self.prefill_end_ps = None
         self.computed_tokens = 0
         self.target_tokens = self.input_tokens + self.generated_tokens
         self.published = 0

@@ -80,7 +80,8 @@ class Moves:
             raise PolicyError(
                 f"{policy} sends {job} in parts {parts}; the last must be ready at the end, their shares add up to <= 1"
             )
-        return Delivery(job, job.epoch, move, replica, target, target.ledger.blocks(tokens), parts)
+        blocks = target.ledger.blocks(tokens) + job.copies(tokens, target.block_size)
+        return Delivery(job, job.epoch, move, replica, target, blocks, parts)
 
     def _ask_for_room(self, alarm: Alarm) -> None:
         delivery: Delivery = alarm.subject
@@ -91,7 +92,9 @@ class Moves:
 
     def let_in(self, alarm: Alarm) -> None:
         """Blocks may have come free at a replica's own boundary."""
-        self.make_room(alarm.subject)
+        replica: ReplicaState = alarm.subject
+        if self._engine.by_leg.get(replica.leg) is replica:
+            self.make_room(replica)
 
     def make_room(self, target: ReplicaState) -> None:
         """Let KV in that waits, first come first served, while blocks are free."""
@@ -179,7 +182,8 @@ class Moves:
         source.release(job)
         del target.arriving[job]
         target.settle()
-        job.blocks = delivery.blocks
+        job.copied_blocks = job.copies(job.computed_tokens, target.block_size)
+        job.blocks = delivery.blocks - job.copied_blocks
         job.hashes = ()
         target.arrived[job] = None
         if source.inbox:

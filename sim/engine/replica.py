@@ -101,6 +101,7 @@ class ReplicaState:
         self.limits = limits
         self._now_ps = now_ps
         self.up_ps = now_ps()
+        self.has_groups = False  # of samples, ever
         self.lanes = len(costs)
         self.stage_free_ps = [0] * len(costs)
         self.stage_busy_ps = [0] * len(costs)
@@ -171,6 +172,7 @@ class ReplicaState:
 
     def enqueue(self, job: Job, *, in_front: bool = False) -> None:
         """To the waiting queue, with a prompt to compute."""
+        self.has_groups |= job.samples > 1
         self.waiting[job] = None
         if in_front:
             self.waiting.move_to_end(job, last=False)
@@ -192,8 +194,8 @@ class ReplicaState:
 
     def release(self, job: Job) -> None:
         """Give the job's blocks back."""
-        self.ledger.give(job.blocks, job.shared)
-        job.blocks = 0
+        self.ledger.give(job.blocks + job.copied_blocks, job.shared)
+        job.blocks = job.copied_blocks = 0
         job.shared = []
 
     def new_cohort(self) -> Cohort:

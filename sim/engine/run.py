@@ -57,7 +57,8 @@ def simulate(
 ) -> Result:
     """Replay the source's requests on the problem's cluster under a system.
 
-    ``plan`` replaces the one the system's planner would make. ``step_by_step`` runs every iteration as its own
+    ``plan`` replaces the one the system's planner would make, ``predictor`` the system's own (else the mean of the
+    problem's workload). ``step_by_step`` runs every iteration as its own
     event: slower, and by law equal in every time. ``until_s`` cuts the run off; ``progress`` gets the number
     of finished requests every thousand. Raises ``ConfigError`` for input that cannot be simulated,
     ``PolicyError`` for an illegal proposal, ``StalledError`` if requests are left and nothing can happen.
@@ -65,7 +66,7 @@ def simulate(
     problem = replace(problem, limits=system.limits)
     plan = plan if plan is not None else system.planner.plan(problem)
     check_plan(plan, problem)
-    engine = Engine(problem, system, plan, predictor, step_by_step, progress)
+    engine = Engine(problem, system, plan, predictor or system.predictor, step_by_step, progress)
     started_s = time.perf_counter()
     engine.run(source, events, None if until_s is None else to_ps(until_s))
     return engine.result(time.perf_counter() - started_s)
@@ -193,7 +194,8 @@ class Engine:
             return f"{total} tokens exceed the model's context of {longest:.0f}"
         for replica, tokens in ((prefill, job.input_tokens), (decode, total - 1)):
             if replica is decode or prefill is not decode:
-                if replica.ledger.blocks(tokens) > replica.ledger.total:
+                blocks = replica.ledger.blocks(tokens) + job.copies(tokens, replica.block_size)
+                if blocks > replica.ledger.total:
                     capacity = replica.ledger.total * replica.block_size
                     return f"{tokens} tokens exceed the {capacity} that the KV cache of {replica.name} holds"
                 reason = replica.batcher.refuse(job, tokens, replica.ledger.total, replica.limits)
@@ -397,6 +399,8 @@ class Engine:
     def put_away(self, replica: ReplicaState) -> None:
         """The replica is no more; keep what it measured."""
         del self.by_leg[replica.leg]
+        if replica.kick is not None:
+            replica.kick.cancel()
         self._note_replica(replica, to_s(self.clock.now_ps))
 
     def end_flights(self, replica: ReplicaState) -> None:

@@ -171,22 +171,21 @@ def fewest_machines(
 ) -> Design | None:
     """The cheapest design with up to ``most`` machines of either kind that serves the rate; ``None`` if none does.
 
-    ``price``: dollars, watts or machines; it must rise in both counts. Walks the border of what is feasible: with
-    one more token machine, no more prompt machines are needed than before.
+    ``price``: dollars, watts or machines; it must rise in both counts. For each number of token machines it tries the
+    most prompt machines that would still be cheaper than the best so far, and goes on only where they suffice.
     """
     best: Design | None = None
-    prompts = most.prompts
     for tokens in range(1, most.tokens + 1):
-        if best is not None and price(Design(1, tokens)) >= price(best):
-            break
-        if not feasible(Design(prompts, tokens), rate_per_s):
+        affordable = [
+            prompts
+            for prompts in range(1, most.prompts + 1)
+            if best is None or price(Design(prompts, tokens)) < price(best)
+        ]
+        if not affordable or not feasible(Design(affordable[-1], tokens), rate_per_s):
             continue
-        low, high = 0, prompts  # infeasible, feasible
+        low, high = 0, affordable[-1]  # infeasible, feasible
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if feasible(Design(middle, tokens), rate_per_s) else (middle, high)
-        prompts = high
-        found = Design(prompts, tokens)
-        if best is None or price(found) < price(best):
-            best = found
+        best = Design(high, tokens)
     return best

@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sim.policy import System
+from sim.systems.fastertransformer import fastertransformer
+from sim.systems.orca import orca
+from sim.systems.sarathi import sarathi
 from sim.systems.sarathi_serve import sarathi_serve
 from sim.systems.splitwise import splitwise
 from sim.systems.vllm import vllm
 
 SYSTEMS: dict[str, Callable[..., System]] = {
     "vllm": vllm,
+    "orca": orca,
+    "fastertransformer": fastertransformer,
+    "sarathi": sarathi,
     "sarathi-serve": sarathi_serve,
     "splitwise": splitwise,
 }

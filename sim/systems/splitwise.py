@@ -14,7 +14,7 @@ from sim.planners.pools import Pool, Split
 from sim.policy import Limits, ReplicaView, RequestView, Rescheduler, System, Transfer, View
 from sim.reschedulers import RestorePlan
 from sim.systems.layout import PoolOption
-from sim.systems.splitwise_sim import Detached, TokenCountOnly, kv_scale
+from sim.systems.splitwise_sim import NEVER_DUE, Detached, TokenCountOnly, kv_scale
 from sim.transfers import ByLength, LayerByLayer, Whole
 from sim.types import Change, Chunk, ConfigError, Move, Plan, Reject, Role, Route, Signal
 
@@ -240,7 +240,7 @@ def splitwise(
         mirrors="splitwise-sim 8f99e7d" if compat else "Splitwise (ISCA 2024), without splitwise-sim's defects",
         planner=Split(prefill=Pool.of(prefill, "prefill"), decode=Pool.of(decode, "decode")),
         router=lambda: ThreePools(prompt_queue_tokens, status_delay_s, all_heads=compat is not None),
-        batcher=lambda role: PausingMixed(max_pauses),
+        batcher=lambda role: PausingMixed(NEVER_DUE if compat else max_pauses),
         transfer=sending,
         rescheduler=rescheduler,
         limits=Limits(max_num_seqs=512, max_num_batched_tokens=2048),

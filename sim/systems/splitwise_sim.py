@@ -1,9 +1,9 @@
 """What splitwise-sim, the simulator behind Splitwise's figures, does otherwise than the system it stands for.
 
-Reproduced on purpose, for comparison with published figures only (Mutinifni/splitwise-sim 8f99e7d,
-``performance_model.py`` and ``interconnect.py``): decodes are priced nearly free in a batch, KV is that of all heads,
-KV transfers never contend. The fourth defect, capped prompt times of exactly 1.3 times the others, is the default
-factor of ``sim.systems.splitwise``.
+Reproduced on purpose, for comparison with published figures only (Mutinifni/splitwise-sim 8f99e7d): decodes are priced
+nearly free in a batch (``performance_model.py``), KV is that of all heads, KV transfers never contend
+(``interconnect.py``), and decodes paused often are never due (``instance.py``). Capped prompt times of exactly 1.3 times
+the others are the default of ``sim.systems.splitwise`` for want of a measurement.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ MIXED_FACTOR = 1.1
 """A step with prompts and decodes, over one with as many tokens of prompt only."""
 BYTES_PER_S = 200e9
 """Between two machines, all eight GPUs together; the simulator's configured value."""
+NEVER_DUE = 1 << 62
+"""Pauses after which a decode goes before prompts: it is looked for at the wrong end of a queue sorted by pauses."""
 OVERLAP = 10
 """Per-layer sending is stood for by so many times the bandwidth."""
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sim.batchers import PrefillFirst, TokenBudget
+from sim.batchers import MixedPrompts, PrefillFirst, TokenBudget
 from sim.policy import Batcher, System
 from sim.reschedulers import RestorePlan
 from sim.systems.layout import PoolOption, layout
 from sim.transfers import Whole
 from sim.types import ConfigError, Role
 
+MIRRORS = {
+    "paper": "vLLM of mid-2023, as in its SOSP paper",
+    "v0": "vLLM 0.2 to 0.5 (V0 scheduler)",
+    "v1": "vLLM V1 scheduler, commit 00024d31",
+}
+
 
 def vllm(
-    mode: Literal["v0", "v1"] = "v1",
+    mode: Literal["paper", "v0", "v1"] = "v1",
     preemption: Literal["recompute", "swap"] = "recompute",
     chunked_prefill: bool = True,
     long_prefill_token_threshold: int = 0,
     reserve_full_prompt: bool = False,
+    policy: Literal["fcfs", "priority"] = "fcfs",
     replicas: int | None = None,
     tp: int | None = None,
     pp: int = 1,
@@ -27,23 +34,30 @@ def vllm(
 ) -> System:
     """vLLM: paged KV, continuous batching; V1 token budget or V0 prefill-first; colocated, or split by a KV connector.
 
-    ``mode`` v0 never mixes prompts with decodes and may swap; v1 recomputes only. Replicas get requests by fewest
-    outstanding. With ``prefill`` and ``decode`` pools the decode side pulls the whole prompt's KV.
+    ``mode`` paper lets whole prompts join the decodes, v0 never mixes the two; both may swap, and serve groups of
+    samples. v1 cuts prompts into chunks, recomputes only, and may go by ``policy`` priority. Replicas get requests by
+    fewest outstanding. With ``prefill`` and ``decode`` pools the decode side pulls the whole prompt's KV.
     """
-    if mode not in ("v0", "v1"):
-        raise ConfigError(f"system.mode is {mode!r}; vllm has v0 and v1")
+    if mode not in MIRRORS:
+        raise ConfigError(f"system.mode is {mode!r}; vllm has {', '.join(MIRRORS)}")
     if preemption not in ("recompute", "swap") or (mode, preemption) == ("v1", "swap"):
-        raise ConfigError(f"system.preemption is {preemption!r}; vllm v1 has recompute, v0 has recompute and swap")
+        raise ConfigError(
+            f"system.preemption is {preemption!r}; vllm v1 has recompute, v0 and paper have recompute and swap"
+        )
+    if policy not in ("fcfs", "priority") or (policy == "priority" and mode != "v1"):
+        raise ConfigError(f"system.policy is {policy!r}; vllm v1 has fcfs and priority, v0 and paper have fcfs")
     planner, router = layout(replicas, tp, pp, gpu, prefill, decode)
 
     def batcher(role: Role) -> Batcher:
+        if mode == "paper":
+            return MixedPrompts(preemption)
         if mode == "v0":
             return PrefillFirst(preemption)
-        return TokenBudget(chunked_prefill, long_prefill_token_threshold, reserve_full_prompt)
+        return TokenBudget(chunked_prefill, long_prefill_token_threshold, reserve_full_prompt, policy)
 
     return System(
         name="vllm",
-        mirrors={"v0": "vLLM 0.2 to 0.5 (V0 scheduler)", "v1": "vLLM V1 scheduler, commit 00024d31"}[mode],
+        mirrors=MIRRORS[mode],
         planner=planner,
         router=router,
         batcher=batcher,
