@@ -1,4 +1,4 @@
-"""``phasewise trace stats | convert | generate``: traces without a simulation."""
+"""``phasewise trace stats | convert | generate | fetch``: traces without a simulation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from experiments.requests import RequestStream
 
-app = typer.Typer(help="Describe, convert and generate request traces.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Describe, convert, generate and download request traces.", no_args_is_help=True, rich_markup_mode=None)
 
 Trace = Annotated[str, typer.Argument(metavar="TRACE", help="a trace file, or 'sample'")]
 FormatName = Annotated[str | None, typer.Option("--format", help="trace format; guessed where unambiguous")]
@@ -23,8 +23,12 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no log on stderr")]
 Seed = Annotated[int, typer.Option(help="seed of drawn arrivals and lengths")]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="file to write: .csv or .parquet")]
-Arrivals = Annotated[str, typer.Option(help="poisson, constant or gamma")]
+Arrivals = Annotated[str, typer.Option(help="poisson, constant, gamma, bursts or ramp")]
 Cv = Annotated[float | None, typer.Option(help="coefficient of variation of gamma arrivals")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--arrival", metavar="KEY=SECONDS", help="of bursts: on_s, off_s; of ramp: start_rate_per_s, ramp_s"),
+]
 
 
 @app.command()
@@ -36,12 +40,22 @@ def stats(
     sort: Sort = False,
     limit: Limit = None,
     json_: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="draw the figures to this .png; .svg and .csv beside it")] = None,
 ) -> None:
     """Size, rate, lengths, burstiness and prefix reuse of a trace."""
-    from traces import statistics
+    from sim.types import ConfigError
+    from traces import survey
 
     stream = _stream(trace, format=format_, sort=sort, limit=limit, **_options(block_tokens, time_unit))
-    figures = {**statistics(stream), "skipped": stream.skipped}
+    surveyed = survey(stream)
+    figures = {**surveyed.statistics, "skipped": stream.skipped}
+    if plot is not None:
+        if not plot.parent.is_dir():
+            raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}; make it first")
+        from experiments.plots.style import save
+        from experiments.trace_plots import draw_trace
+
+        save(draw_trace(surveyed, Path(trace).name), plot.parent, plot.stem)
     if json_:
         print(json.dumps(figures, indent=2, allow_nan=False))
         return
@@ -64,13 +78,14 @@ def convert(
     rate: Annotated[float | None, typer.Option(help="draw arrivals anew, requests/s")] = None,
     arrivals: Arrivals = "poisson",
     cv: Cv = None,
+    arrival: Setting = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Read any known format, slice and rescale it, and write our own format."""
     stream = _stream(
         trace, seed=seed, format=format_, sort=sort, limit=limit, start_s=start_s, end_s=end_s, time_scale=time_scale,
-        rate=rate, arrivals=arrivals, cv=cv, **_options(block_tokens, time_unit),
+        rate=rate, arrivals=arrivals, cv=cv, arrival_options=_settings(arrival), **_options(block_tokens, time_unit),
     )  # fmt: skip
     _write(out, stream, quiet)
 
@@ -82,6 +97,7 @@ def generate(
     rate: Annotated[float, typer.Option(help="requests/s")] = 1.0,
     arrivals: Arrivals = "poisson",
     cv: Cv = None,
+    arrival: Setting = None,
     input_: Annotated[
         str,
         typer.Option("--input", metavar="LENGTHS", help="input tokens, as in a scenario: {mean: 1155, median: 1020}"),
@@ -100,7 +116,26 @@ def generate(
         "output": _yaml("--output", output),
         "rank_correlation": rank_correlation,
     }
-    _write(out, _stream(None, seed=seed, generate=spec, rate=rate, arrivals=arrivals, cv=cv), quiet)
+    stream = _stream(
+        None, seed=seed, generate=spec, rate=rate, arrivals=arrivals, cv=cv, arrival_options=_settings(arrival)
+    )
+    _write(out, stream, quiet)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="azure-conv, azure-code, mooncake or burstgpt")],
+    folder: Annotated[Path, typer.Option("--out", help="folder to keep it in")] = Path(),
+    quiet: Quiet = False,
+) -> None:
+    """Download a public trace, checked by its SHA-256; an interrupted download goes on where it stopped."""
+    from experiments.progress import Log
+    from traces import fetch as download
+
+    log = Log(quiet)
+    with log.counting(f"{name} (bytes)") as show:
+        path = download(name, folder, None if show is None else lambda done, total: show(done))
+    log.say(f"{name} is in {path}")
 
 
 def _stream(trace: str | None, *, seed: int = 0, **fields: Any) -> RequestStream:
@@ -130,6 +165,11 @@ def _write(out: Path, stream: RequestStream, quiet: bool) -> None:
 def _options(block_tokens: int | None, time_unit: str | None) -> dict[str, Any]:
     options = {"block_tokens": block_tokens, "time_unit": time_unit}
     return {"format_options": {name: value for name, value in options.items() if value is not None}}
+
+
+def _settings(arrival: list[str] | None) -> dict[str, Any]:
+    pairs = [item.partition("=") for item in arrival or ()]
+    return {key: _yaml("--arrival", value) for key, _, value in pairs}
 
 
 def _yaml(option: str, text: str) -> Any:

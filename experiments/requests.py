@@ -73,7 +73,7 @@ class RequestStream:
             stream = scale_time(stream, spec.time_scale)
         if spec.rate is not None and self._reader is not None:
             rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(ARRIVALS_STREAM,)))
-            stream = with_rate(stream, spec.rate, rng=rng, arrivals=spec.arrivals, cv=spec.cv)
+            stream = with_rate(stream, spec.rate, rng=rng, arrivals=spec.arrivals, cv=spec.cv, **spec.arrival_options)
         return stream
 
     def _generated(self, spec: GenerateSpec | None) -> Iterator[Request]:
@@ -86,6 +86,7 @@ class RequestStream:
             output=lengths(spec.output),
             arrivals=self.workload.arrivals,
             cv=self.workload.cv,
+            **self.workload.arrival_options,
             rank_correlation=spec.rank_correlation,
             seed=int(np.random.SeedSequence(self.seed, spawn_key=(GENERATE_STREAM,)).generate_state(1)[0]),
         )

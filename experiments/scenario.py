@@ -135,7 +135,12 @@ class WorkloadSpec(Part):
     limit: Count | None = Field(default=None, description="the first N requests")
     time_scale: Positive | None = Field(default=None, description="stretches every interval: 2 halves the rate")
     rate: Positive | None = Field(default=None, description="requests/s: arrivals are drawn anew")
-    arrivals: Literal["poisson", "constant", "gamma"] = Field(default="poisson", description="how, if rate is given")
+    arrivals: Literal["poisson", "constant", "gamma", "bursts", "ramp"] = Field(
+        default="poisson", description="how, if rate is given"
+    )
+    arrival_options: dict[str, Positive] = Field(
+        default={}, description="bursts: on_s, off_s; ramp: start_rate_per_s, ramp_s"
+    )
     cv: Positive | None = Field(default=None, description="coefficient of variation of gamma arrivals")
     too_long: Literal["reject", "truncate", "error"] = Field(default="reject", description="over the model's context")
 

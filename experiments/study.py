@@ -79,8 +79,9 @@ def markdown(name: str, title: str, intro: str, rows: Sequence[Comparison]) -> s
 
 def _number(value: float | None, unit: str) -> str:
     if value is None:
-        return "not feasible"
-    return f"{value:,.4g}{'' if unit == 'x' else ' '}{unit}"
+        return "none found"
+    text = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{text}{unit}" if unit == "x" else f"{text} {unit}".strip()
 
 
 def _drawn(title: str, rows: Sequence[Comparison]) -> Drawing:
@@ -94,7 +95,8 @@ def _drawn(title: str, rows: Sequence[Comparison]) -> Drawing:
         for colour, (basis, mark) in zip(RUN_COLOURS, MARKS.items(), strict=False):
             points = [(row.ratio, place) for place, row in enumerate(shown) if row.basis == basis]
             if points:
-                axes.scatter(*zip(*points, strict=True), marker=mark, color=colour, s=36, label=basis, zorder=3)
+                x, y = zip(*points, strict=True)
+                axes.scatter(x, y, marker=mark, color=colour, s=36, label=basis, zorder=3)
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, 0.45), max(high, 2.2))

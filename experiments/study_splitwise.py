@@ -26,12 +26,12 @@ from sim.types import Work
 from traces import TraceSource
 
 INTRO = f"""
-Splitwise (ISCA 2024) splits prompt and token machines of eight GPUs. Rows marked splitwise-sim repeat, on purpose, the
-defects of the authors' simulator (`compat=splitwise_sim`, {MACHINE_BYTES / 1e9:.0f} GB a machine); those marked corrected
-are ours. Step times are the authors' own measurements (perf_model.csv). The paper does not name the model of its cluster
-figures: BLOOM-176B is taken, as its context suggests. Traces are drawn anew from the quantiles of the public Azure traces,
-input and output independently, as theirs were. Machine counts are what the search found; nothing is tuned.
-Regenerate with `python -m experiments.study_splitwise --out docs`.
+Splitwise (ISCA 2024) splits prompt and token machines of eight GPUs. Rows marked splitwise-sim repeat, on purpose,
+the defects of the authors' simulator (`compat=splitwise_sim`, {MACHINE_BYTES / 1e9:.0f} GB a machine); those marked
+corrected are ours. Step times are the authors' own measurements (perf_model.csv). The paper does not name the model of
+its cluster figures: BLOOM-176B is taken, as its context suggests. Traces are drawn anew from the quantiles of the
+public Azure traces, input and output independently, as theirs were. Machine counts are what the search found; nothing
+is tuned. Regenerate with `python -m experiments.study_splitwise --out docs`.
 """
 RATE_STEP_PER_S = 5.0
 
@@ -79,7 +79,7 @@ def latencies() -> Iterator[Comparison]:
 def batching() -> Iterator[Comparison]:
     """Figure 5b, section 3.3, and what splitwise-sim makes of both."""
     for letter, name in (("A", "A100"), ("H", "H100")):
-        cost = reference("bloom-176b", False, letter)  # type: ignore[arg-type]
+        cost = reference("bloom-176b", False, letter)
         one, many = (seconds(cost, Work((), n, 576 * n)) for n in (1, 64))
         yield _row("Fig. 5b", f"BLOOM, {name}, TBT at batch 64 over batch 1", 2.0, many / one, "x", "measured profile")
     cost = reference("bloom-176b", False, "H")

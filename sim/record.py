@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.types import PS_PER_S, Outcome, Request
+from sim.types import PS_PER_S, Outcome, Request, to_ps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,6 +168,7 @@ class Result:
         rows = self.rows.requests
         requests = [row.request for row in rows]
         arrival = np.array([request.arrival_s for request in requests], dtype=float)
+        arrived = _seconds(to_ps(request.arrival_s) for request in requests)
         output = np.array([request.output_tokens for request in requests], dtype=np.int64)
         scheduled = _seconds(row.scheduled_ps for row in rows)
         first = _seconds(row.first_token_ps for row in rows)
@@ -183,13 +184,13 @@ class Result:
             output,
             np.array([row.outcome for row in rows], dtype=object),
             np.array([row.reason for row in rows], dtype=object),
-            scheduled - arrival,
+            scheduled - arrived,
             prefilled - scheduled,
             transfer,
             finish - prefilled - transfer,
-            first - arrival,
+            first - arrived,
             tpot,
-            finish - arrival,
+            finish - arrived,
             np.array([row.preemptions for row in rows], dtype=np.int64),
             np.array([row.cached_tokens for row in rows], dtype=np.int64),
             np.array([row.bytes_moved for row in rows], dtype=np.int64),

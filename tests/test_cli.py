@@ -160,7 +160,7 @@ def test_winners_by_hand() -> None:
         ("run", "small.yaml", "--set", "system.tp=64"),
         ("run", "small.yaml", "--seed", "-1"),
         ("run", "small.yaml", "--set", "workload={trace: no.csv}"),
-        ("compare", "small.yaml", "--systems", "vllm,orca"),
+        ("compare", "small.yaml", "--systems", "vllm,orcas"),
         ("compare", "small.yaml", "--systems", ","),
         ("compare", "small.yaml", "--set", "compare.vllm.tq=1"),
         ("plot", "."),
@@ -300,3 +300,13 @@ def test_run_loads_no_plots_and_help_is_quick(scenario: Path) -> None:
 
     assert not {"matplotlib", "torch", "pandas"} & loaded("run", str(scenario), "--json", "--quiet")
     assert not {"matplotlib", "torch", "pandas", "numpy", "pydantic"} & loaded("--help")
+
+
+def test_trace_stats_draws_and_bursts_come_from_the_command_line(tmp_path: Path) -> None:
+    trace, plot = tmp_path / "bursts.csv", tmp_path / "bursts.png"
+    bursts = ["--arrivals", "bursts", "--arrival", "on_s=5", "--arrival", "off_s=10"]
+    assert call("trace", "generate", trace, "--requests", 200, "--rate", 5, *bursts) == 0
+    assert call("trace", "stats", trace, "--plot", plot) == 0
+    assert plot.stat().st_size > 10_000
+    assert call("trace", "stats", trace, "--plot", tmp_path / "nowhere" / "bursts.png") == 2
+    assert call("trace", "generate", trace, "--rate", 5, "--arrivals", "bursts") == 2

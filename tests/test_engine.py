@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sim import Cluster, ConfigError, Limits, Plan, PolicyError, Request, SimulationError, simulate
+from sim import Cluster, ClusterEvent, ConfigError, Limits, Plan, PolicyError, Request, SimulationError, simulate
 from sim.batchers import PrefillFirst, TokenBudget
 from sim.policy import RequestView, View
 from sim.predictors import ConstantLength, TrueLength
@@ -142,6 +144,24 @@ def test_a_lone_micro_batch_leaves_bubbles() -> None:
 def _one_us_per_token_hops() -> Cluster:
     """An activation is 4096 x 2 bytes; the link carries one per microsecond."""
     return Cluster.of([{"gpu": "A100-80G-SXM", "count": 2}], links={"intra_node": {"gbps": 65.536}})
+
+
+@settings(max_examples=60)
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 150), st.integers(1, 60)), min_size=1, max_size=8),
+    slow_at_ms=st.one_of(st.none(), st.integers(0, 500)),
+)
+def test_a_pipeline_is_under_the_law_whenever_requests_arrive(
+    shapes: list[tuple[int, int, int]], slow_at_ms: int | None
+) -> None:
+    """A collapsed decode alone in the pipeline is met by prompts at any millisecond, stages still busy with it."""
+    requests = [request(n, at / 1000, *shape) for n, (at, *shape) in enumerate(sorted(shapes))]
+    slow = [ClusterEvent(at_s=at / 1000, kind="gpu_slow", target="n0.g1", factor=1.5) for at in [slow_at_ms] if at]
+    collapsed, stepped = (
+        run(system(), requests, plan=PIPELINE, events=slow, step_by_step=mode) for mode in (False, True)
+    )
+    assert collapsed.log() == stepped.log()
+    assert collapsed.rows.replicas[0].stage_busy_s == stepped.rows.replicas[0].stage_busy_s
 
 
 # ------------------------------------------------------------ a queue with a known answer

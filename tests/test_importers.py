@@ -18,7 +18,19 @@ from calibrate.importers.llmservingsim import import_llmservingsim, read_attenti
 from calibrate.profile_file import profile_text, read_profile, shipped_profiles, write_profile
 from calibrate.scaling import scaled
 from sim.cluster import Cluster, gpu
-from sim.cost import Fitted, GemmTable, Kernels, Overhead, Profile, Provenance, advanced, seconds
+from sim.cost import (
+    AttentionTable,
+    Fitted,
+    GemmTable,
+    Grid,
+    Kernels,
+    Overhead,
+    Profile,
+    Provenance,
+    Table,
+    advanced,
+    seconds,
+)
 from sim.model import model
 from sim.types import ConfigError, Stage, Work
 
@@ -208,7 +220,21 @@ def test_scaling_keeps_efficiency() -> None:
     row = scaled(profile, source, slow).kernels[0].gemm.row(4096, 8192)
     assert row == pytest.approx([long.gemm.row(4096, 8192)[0], 3 * long.gemm.row(4096, 8192)[1]])
     assert scaled(profile, source, slow).kernels[0].gpus == ("slow",)
-    assert "predicted" in scaled(profile, source, slow).provenance.method
+
+
+def test_scaled_attention_follows_flops_in_prompts_and_bandwidth_in_decodes() -> None:
+    source = gpu("H100-SXM")
+    target = replace(source, name="t", bandwidth_bytes_per_s=source.bandwidth_bytes_per_s / 5)
+    target = replace(target, flops={**source.flops, "bfloat16": source.flops["bfloat16"] / 3})
+    prefill = Table(counts=(16, 32), seconds=(1e-5, 2e-5), per="layer")
+    decode = Grid(counts=(1, 2), contexts=(1, 64), seconds=((1e-6, 2e-6), (2e-6, 4e-6)), per="layer")
+    table = AttentionTable(heads=32, kv_heads=8, head_dim=128, prefill=prefill, decode=decode)
+    profile = replace(kernels(), kernels=(replace(kernels().kernels[0], attention=(table,)),))
+    found = scaled(profile, source, target).kernels[0].attention[0]
+    assert found.prefill.seconds == pytest.approx((3e-5, 6e-5))
+    assert found.decode.seconds[1] == pytest.approx((1e-5, 2e-5))
+    note = scaled(profile, source, target).provenance.method
+    assert "predicted" in note
 
 
 # ---------------------------------------------------------------- Helix

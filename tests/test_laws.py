@@ -46,6 +46,9 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "vllm v0 swap": lambda: SYSTEMS["vllm"](mode="v0", preemption="swap", replicas=1, tp=2),
     "vllm v0 split": lambda: SYSTEMS["vllm"](mode="v0", **SPLIT),
     "vllm v1 priority": lambda: SYSTEMS["vllm"](policy="priority", replicas=2, tp=1),
+    "vllm v1 priority, long prompts capped": lambda: SYSTEMS["vllm"](
+        policy="priority", long_prefill_token_threshold=48, replicas=1, tp=1
+    ),
     "vllm v1 priority pp2": lambda: SYSTEMS["vllm"](policy="priority", replicas=1, tp=1, pp=2),
     "vllm paper": lambda: SYSTEMS["vllm"](mode="paper", replicas=2, tp=1),
     "vllm paper swap": lambda: SYSTEMS["vllm"](mode="paper", preemption="swap", replicas=1, tp=2),

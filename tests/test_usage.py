@@ -161,3 +161,11 @@ def test_figures_are_the_same_step_by_step(name: str) -> None:
     for a, b in zip(collapsed["replicas"], stepped["replicas"], strict=True):
         assert a["joules"] == pytest.approx(b["joules"], rel=1e-12)
         assert a["bubble_share"] == (None if b["bubble_share"] is None else pytest.approx(b["bubble_share"]))
+
+
+def test_work_after_the_last_completion_is_not_in_the_makespan() -> None:
+    result = one_request()
+    row = result.rows.replicas[0]
+    result.rows.replicas[:] = [row._replace(stage_busy_s=(10 * result.makespan_s,))]
+    assert A100.tdp_w is not None
+    assert energy(result, ONE_GPU)["joules"] == pytest.approx(A100.tdp_w * result.makespan_s)

@@ -43,7 +43,7 @@ def study(measured: Path) -> Study:
             "settings from meta.json: 2588 blocks of 16 tokens, 2048 tokens a step, 256 sequences, prefix caching, "
             "scheduler_reserve_full_isl; arrivals are the engine's (queued_ts)",
             "nothing is fitted; overhead between steps is 0 (async_scheduling)",
-            "the aim is the upstream simulator's error on the same run",
+            "the aim is the upstream simulator's error on the same run (makespan, which it lacks: 0.5 %)",
         ),
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.fidelity.table import Bar, Row, Study
 from experiments.plots.style import styled
@@ -16,9 +18,9 @@ INTRODUCTION = """# How far predictions are from real runs
 
 Written by `python -m experiments.fidelity --data DIR --out DIR`, where DIR is the folder of public data
 (every source is named in the profiles). Real runs judge; what they are compared with is fitted on kernel tables. The
-constants that no kernel table gives are in `experiments/fidelity/constants.py`, each fitted on half of the cells of
-one study. Errors are shares of what was measured. *Load* is the share of time that the busiest replica computes in the
-simulation; above 1 it is the time needed to serve the requests over the time in which they arrive.
+constants that no kernel table gives are in `experiments/fidelity/constants.py`, each fitted on at most half of the
+cells of one study. Errors are shares of what was measured. *Load* is the share of time that the busiest replica
+computes in the simulation; above 1 it is the time needed to serve the requests over the time in which they arrive.
 """
 
 
@@ -101,7 +103,11 @@ def scatter(study: Study, metric: str) -> Figure:
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
         axes.set_xlabel(f"measured {metric} ({rows[0].unit})")
         axes.set_ylabel(f"predicted {metric} ({rows[0].unit})")
-        axes.set_title(study.title, fontsize=9)
+        axes.set_title(fill(study.title, 60), fontsize=9)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.legend()
     return figure
 

@@ -53,15 +53,17 @@ def _heading(table: pd.DataFrame) -> str:
 
 def _draw(axes: Axes, table: pd.DataFrame, systems: Iterable[str], metric: str) -> None:
     title, label = PANELS[metric]
+    wide = _is_wide(metric, table["mean"])
     for number, (name, style) in enumerate(run_styles(systems).items()):
         line = table[table["system"] == name].sort_values("rate_per_s")
         axes.plot(line["rate_per_s"], line["mean"], marker=MARKERS[number % len(MARKERS)], markersize=4.5, **style)
         band = line.dropna(subset=["low", "high"])
-        low, high = band["low"].clip(lower=0.0), band["high"].clip(upper=1.0 if metric == "attainment" else None)
+        floor = table["mean"].min() / 1000 if wide else 0.0  # a logarithmic axis has no zero
+        low, high = band["low"].clip(lower=floor), band["high"].clip(upper=1.0 if metric == "attainment" else None)
         axes.fill_between(band["rate_per_s"], low, high, color=style["color"], alpha=0.18, linewidth=0)
     axes.set_title(title)
     axes.set_ylabel(label)
-    if _is_wide(metric, table["mean"]):
+    if wide:
         axes.set_yscale("log")
         axes.set_ylim(table["mean"].min() / 1.6, table["mean"].max() * 1.6)
         log_ticks(axes, "y")

@@ -85,7 +85,8 @@ def admit_prompts(batch: Batch, used_tokens: int, keep_blocks: int) -> int:
     budget = total - used_tokens
     for request in batch.waiting:
         tokens = batch.tokens_wanted(request)
-        alone = request.preemptions and budget == total  # a recompute may be longer than the limit
+        recomputed = request.remaining_tokens > request.input_tokens  # and may be longer than the limit: alone, then
+        alone = recomputed and budget == total
         full = batch.num_running + request.samples > limits.max_num_seqs
         if full or (tokens > budget and not alone) or not batch.admit(request, tokens, keep_free_blocks=keep_blocks):
             break

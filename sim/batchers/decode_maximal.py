@@ -16,6 +16,8 @@ COMPOSITIONS: tuple[Composition, ...] = ("decode-maximal", "orca-best", "baselin
 MAX_LOSS = 0.2
 """Share of prefill throughput that chunks of 256 cost the authors (arXiv 2308.16369, figure 13: at most 20 %)."""
 
+ROUNDING = 1e-9
+
 
 def smallest_efficient_chunk(
     seconds: Callable[[Work], float], prompt_tokens: int, max_loss: float = MAX_LOSS, tile: int = 128
@@ -26,7 +28,8 @@ def smallest_efficient_chunk(
     """
     sizes = range(tile, prompt_tokens + tile, tile)
     times_s = {size: _prompt_seconds(seconds, prompt_tokens, size) for size in sizes}
-    return next(size for size in sizes if min(times_s.values()) >= (1 - max_loss) * times_s[size])
+    longest_s = min(times_s.values()) / max(1 - max_loss, ROUNDING)
+    return next(size for size in sizes if times_s[size] <= longest_s * (1 + ROUNDING))
 
 
 def _prompt_seconds(seconds: Callable[[Work], float], prompt_tokens: int, chunk: int) -> float:

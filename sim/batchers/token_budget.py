@@ -61,16 +61,15 @@ class TokenBudget:
             tokens = min(self._capped(request.remaining_tokens), budget)
             if not tokens or request in gone:
                 continue
-            while not batch.prefill(request, tokens):
+            while request not in gone and not batch.prefill(request, tokens):
                 victim = self._victim(batch)
                 assert victim is not None
                 budget += given.pop(victim, 0) if victim.remaining_tokens else 1
                 batch.preempt(victim)
                 gone.add(victim)
-                if victim is request:
-                    return budget
-            given[request] = tokens
-            budget -= tokens
+            if request not in gone:
+                given[request] = tokens
+                budget -= tokens
         return budget
 
     def _admit(self, batch: Batch, budget: int) -> None:

@@ -105,15 +105,10 @@ def blocks_to_come(replica: ReplicaState, flight: Flight, iterations: int | None
 
 def reoccupy_stages(replica: ReplicaState, flight: Flight) -> None:
     """After ``settle``: when each stage gets free of the iteration under way in a lone collapsed flight."""
-    cohort = flight.cohort
-    work = Work(
-        tuple([(tokens, job.computed_tokens) for job, tokens in flight.chunks]),
-        cohort.size if cohort is not None else 0,
-        cohort.context if cohort is not None else 0,
-    )
-    hop_ps = replica.hop_ps(work.tokens)
+    tokens = sum([tokens for _, tokens in flight.chunks]) + (flight.cohort.size if flight.cohort is not None else 0)
+    hop_ps = replica.hop_ps(tokens)
     at_ps = flight.boundary_ps(flight.done)
-    for number, cost in enumerate(replica.costs):
-        at_ps += cost.line(work).first_ps
+    for number, line in enumerate(flight.stage_lines):  # not from the costs: those may have changed since
+        at_ps += line.first_ps + flight.done * line.slope_ps
         replica.stage_free_ps[number] = at_ps
         at_ps += hop_ps

@@ -213,7 +213,7 @@ class Engine:
         replica.settle()
         for flight in replica.flights:
             self.cut(replica, flight)
-            if flight.done and replica.lanes > 1:
+            if flight.done and 1 == len(replica.flights) < replica.lanes:
                 reoccupy_stages(replica, flight)
         if len(replica.flights) >= replica.lanes or replica.kick is not None:
             return

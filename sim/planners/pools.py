@@ -36,10 +36,11 @@ class Pool:
             return value
         known = [field.name for field in fields(cls)]
         for key, item in (value or {}).items():
+            place = f"system.{where}.{key}" if where else f"system.{key}"
             if key not in known:
-                raise ConfigError(f"system.{where}.{key} is unknown; known are {', '.join(known)}")
+                raise ConfigError(f"{place} is unknown; known are {', '.join(known)}")
             if key != "gpu" and item is not None and (not isinstance(item, int) or item < 1):
-                raise ConfigError(f"system.{where}.{key} is {item!r}; it must be a whole number >= 1")
+                raise ConfigError(f"{place} is {item!r}; it must be a whole number >= 1")
         return cls(**(value or {}))
 
 

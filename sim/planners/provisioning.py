@@ -102,15 +102,22 @@ class Throughput(NamedTuple):
 
 
 def highest_rate(feasible: Callable[[float], bool], low: float, high: float, step: float) -> float:
-    """Largest feasible multiple of ``step`` in [low, high], by bisection; 0 if ``low`` is not feasible."""
+    """Largest feasible ``low`` + a multiple of ``step``, up to ``high``; 0 if ``low`` is not feasible.
+
+    Strides double until one fails, then halve: rates far above what is served are slow to simulate.
+    """
     if not step > 0 or not 0 < low <= high:
         raise ConfigError(f"rates: low {low}, high {high}, step {step}; give 0 < low <= high and step > 0")
     if not feasible(low):
         return 0.0
-    good, bad = 0, int((high - low) / step + 1e-9) + 1
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if feasible(low + middle * step) else (good, middle)
+    good, most, stride = 0, int((high - low) / step + 1e-9), 1
+    while good + stride <= most and feasible(low + (good + stride) * step):
+        good += stride
+        stride *= 2
+    while stride > 1:
+        stride //= 2
+        if good + stride <= most and feasible(low + (good + stride) * step):
+            good += stride
     return low + good * step
 
 

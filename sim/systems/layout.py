@@ -23,7 +23,7 @@ def layout(
 ) -> Layout:
     """Split if ``prefill`` or ``decode`` is given (as mappings of the other four), colocated otherwise."""
     if prefill is None and decode is None:
-        pool = Pool.of({"replicas": replicas, "tp": tp, "pp": pp, "gpu": gpu}, "engine")
+        pool = Pool.of({"replicas": replicas, "tp": tp, "pp": pp, "gpu": gpu}, "")
         return Layout(Colocated(pool=pool), LeastRequests)
     if (replicas, tp, pp, gpu) != (None, None, 1, None):
         raise ConfigError(

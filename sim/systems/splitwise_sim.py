@@ -1,9 +1,9 @@
 """What splitwise-sim, the simulator behind Splitwise's figures, does otherwise than the system it stands for.
 
-Reproduced on purpose, for comparison with published figures only (Mutinifni/splitwise-sim 8f99e7d): decodes are priced
-nearly free in a batch (``performance_model.py``), KV is that of all heads, KV transfers never contend
-(``interconnect.py``), and decodes paused often are never due (``instance.py``). Capped prompt times of exactly 1.3 times
-the others are the default of ``sim.systems.splitwise`` for want of a measurement.
+Reproduced on purpose, for comparison with published figures only (Mutinifni/splitwise-sim 8f99e7d): decodes are
+priced nearly free in a batch (``performance_model.py``), KV is that of all heads, KV transfers never contend
+(``interconnect.py``), and decodes paused often are never due (``instance.py``). Capped prompt times of exactly 1.3
+times the others are the default of ``sim.systems.splitwise`` for want of a measurement.
 """
 
 from __future__ import annotations
