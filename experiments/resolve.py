@@ -23,9 +23,9 @@ from pydantic import ValidationError, validate_call
 from calibrate.profile_file import read_profile, shipped_profiles
 from experiments.complaints import first_fault
 from experiments.requests import RequestStream
-from experiments.scenario import EventSpec, Scenario, SystemSpec
+from experiments.scenario import EventSpec, OverheadSpec, Scenario, SystemSpec
 from sim.cluster import Cluster, did_you_mean, gpu, gpus
-from sim.cost import Fitted, Profile, Roofline, StepCost
+from sim.cost import Fitted, Overhead, Profile, Roofline, StepCost
 from sim.engine import simulate
 from sim.metrics import summarise
 from sim.model import model
@@ -107,7 +107,7 @@ def resolve(scenario: Scenario) -> Setup:
         problem = Problem(
             cluster=cluster,
             model=the_model,
-            cost=build_cost(scenario.latency),
+            cost=build_cost(scenario.latency, scenario.overhead),
             workload=workload,
             slo=Slo(**scenario.slo.model_dump()),
             limits=system.limits,
@@ -171,21 +171,28 @@ def build_events(events: str | tuple[EventSpec, ...] | None) -> tuple[ClusterEve
     return tuple(ClusterEvent(**event.model_dump()) for event in events or ())
 
 
-def build_cost(latency: str | Mapping[str, str] | None) -> StepCost:
+def build_cost(latency: str | Mapping[str, str] | None, overhead: OverheadSpec | None = None) -> StepCost:
     """Step times: all shipped profiles, one named, one per GPU type, or the roofline alone."""
-    if latency is None:
-        return Fitted(profiles=tuple(read_profile(path) for path in shipped_profiles().values()))
-    if latency == "roofline":
+    if latency == "roofline" and overhead is None:
         return Roofline()
+    engine = None if overhead is None else Overhead(step_s=overhead.step_s, sequence_s=overhead.sequence_s)
+    return Fitted(profiles=tuple(_profiles(latency)), overhead=engine)
+
+
+def _profiles(latency: str | Mapping[str, str] | None) -> list[Profile]:
+    if latency is None:
+        return [read_profile(path) for path in shipped_profiles().values()]
+    if latency == "roofline":
+        return []
     if isinstance(latency, str):
-        return Fitted(profiles=(_profile("latency", latency),))
+        return [_profile("latency", latency)]
     profiles = []
     for kind, name in latency.items():
         if str(kind).lower() not in {entry.name.lower() for entry in gpus()}:
             raise ConfigError(f"latency.{kind}: the GPU {did_you_mean(kind, [entry.name for entry in gpus()])}")
         if name != "roofline":
             profiles.append(_only_on(gpu(kind).name, name, _profile(f"latency.{kind}", name)))
-    return Fitted(profiles=tuple(profiles))
+    return profiles
 
 
 def _profile(place: str, name: str) -> Profile:

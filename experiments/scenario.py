@@ -163,6 +163,13 @@ class WorkloadSpec(Part):
 # ---------------------------------------------------------------- system and the rest
 
 
+class OverheadSpec(Part):
+    """Seconds of processor time per step, and per sequence in it; 0 under asynchronous scheduling."""
+
+    step_s: NonNegative = 0.0
+    sequence_s: NonNegative = 0.0
+
+
 class EngineSpec(Part):
     """The serving engine's settings, under vLLM's names; what is absent is the system's default."""
 
@@ -233,6 +240,9 @@ class Scenario(Part):
     compare: dict[str, VariantSpec] = Field(default={}, description="what 'phasewise compare' runs: label -> system")
     latency: str | dict[str, str] | None = Field(
         None, description="roofline, a profile's name or path, or one of these per GPU type; null: shipped profiles"
+    )
+    overhead: OverheadSpec | None = Field(
+        None, description="what the serving engine adds to a step outside its kernels; null: what the profiles say"
     )
     slo: SloSpec = SloSpec()
     events: str | tuple[EventSpec, ...] | None = Field(default=None, description="a file of cluster events, or a list")

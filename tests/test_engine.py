@@ -383,13 +383,6 @@ def test_the_planner_is_asked_when_no_plan_is_given() -> None:
     assert {row.prefill_stage for row in result.rows.requests} == {"mixed0", "mixed1"}
 
 
-def test_equal_requests_in_one_burst_share_batches_whatever_the_mode() -> None:
-    requests = [request(n) for n in range(8)]
-    both = [run(system(), requests, plan=ONE, step_by_step=mode) for mode in (False, True)]
-    assert both[0].log() == both[1].log()
-    assert both[0].segments < both[1].segments
-
-
 def test_costs_may_be_wrapped_by_the_system() -> None:
     slow = replace(system(), cost=lambda cost: ToyCost(base_ps=20 * MS))
     assert run(slow, [request(0, output_tokens=1)], plan=ONE).token_times_ps(0) == [21 * MS]

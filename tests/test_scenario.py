@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from experiments.resolve import build_cost, resolve, run
-from experiments.scenario import Scenario
-from sim import ConfigError
-from sim.cost import Fitted, Roofline
+from experiments.scenario import OverheadSpec, Scenario
+from sim import Cluster, ConfigError
+from sim.cost import Fitted, Roofline, seconds
+from sim.model import model
+from sim.types import Stage, Work
 
 SMALL = """\
 model: llama-2-7b
@@ -276,6 +278,12 @@ def test_latency_choices() -> None:
     shipped = build_cost(None)
     assert isinstance(shipped, Fitted)
     assert {profile.name for profile in shipped.profiles} >= {"splitwise-2023"}
+    unhurried = build_cost("roofline", OverheadSpec(step_s=0.25))
+    stage = Stage(name="s", gpus=("n0.g0",), first_layer=0, end_layer=32)
+    where = Cluster.of([{"gpu": "H100-SXM", "count": 1}])
+    bound = unhurried.bind(model("llama-2-7b"), stage, where)
+    assert not bound.measured
+    assert 0.25 < seconds(bound, Work((), 1, 1)) < 0.26
     mixed = build_cost({"H100-SXM": "splitwise-2023", "A100-80G-SXM": "roofline"})
     assert isinstance(mixed, Fitted)
     assert {gpu for profile in mixed.profiles for entry in profile.entries for gpu in entry.gpus} == {"H100-SXM"}

@@ -55,15 +55,14 @@ class Fitted:
 
     def bind(self, model: ModelSpec, stage: Stage, cluster: Cluster, slow: float = 1.0) -> Composed:
         entry = self.entry(model, stage, cluster)
-        if entry is None:
-            return self.fallback.bind(model, stage, cluster, slow)
-        if entry.num_layers != model.num_layers:
-            raise ConfigError(
-                f"profile entry {entry.model}: num_layers is {entry.num_layers}, the model has {model.num_layers}"
-            )
-        guess = self.fallback.operators(model, stage, cluster, slow)
-        rates = self.fallback.rates(model, stage, cluster, slow)
-        operators = _measured(entry, guess, _Scale(model, stage, rates, slow))
+        operators = self.fallback.operators(model, stage, cluster, slow)
+        if entry is not None:
+            if entry.num_layers != model.num_layers:
+                raise ConfigError(
+                    f"profile entry {entry.model}: num_layers is {entry.num_layers}, the model has {model.num_layers}"
+                )
+            rates = self.fallback.rates(model, stage, cluster, slow)
+            operators = _measured(entry, operators, _Scale(model, stage, rates, slow))
         if self.overhead is not None:
             part = slow if stage.first_layer == 0 else 0.0
             operators = replace(
@@ -71,7 +70,7 @@ class Fitted:
                 overhead_ps=to_ps(self.overhead.step_s * part),
                 sequence_ps=to_ps(self.overhead.sequence_s * part),
             )
-        return Composed(operators, measured=True)
+        return Composed(operators, measured=entry is not None)
 
     def entry(self, model: ModelSpec, stage: Stage, cluster: Cluster) -> ProfileEntry | None:
         """The entry that a stage would use, or None (always for weight-only quantized models, or another KV dtype)."""
