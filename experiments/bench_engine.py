@@ -86,7 +86,7 @@ def in_own_process(trace: Path | None, rate_per_s: float, step_by_step: bool) ->
     command += [str(trace)] if trace is not None else []
     started_s = time.perf_counter()
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    row = json.loads(output)
+    row: dict[str, Any] = json.loads(output)
     row["process_s"] = time.perf_counter() - started_s
     row["process_requests_per_s"] = row["requests"] / row["process_s"]
     return row

@@ -31,11 +31,11 @@ online, under a token budget. No profile of these GPUs and engines is public, so
 roofline's (its default efficiencies, medians of 2025 kernels), unless a row says arithmetic; nothing is tuned. Ratios
 are what to compare.
 
-The GPT-3 pipelines of SARATHI's figure 12 were simulated by its authors too. Ours agree on what SARATHI gains over
-replicas without a pipeline. Under Orca our stages idle for two thirds of the time, where the printed ratios imply
-about half: eight micro-batches are on their way through eight stages, and while one of them is a whole prompt, which
-takes ten times as long as a decode step, the others queue up behind it. The paper does not say how its simulator
-composed micro-batches, nor how it counts a request's bubble (ours: idle time of a stage while the request runs).
+The GPT-3 pipelines of SARATHI's figure 12 were simulated by its authors too. "Zipf, 1K to 4K" leaves open which
+lengths occur, and under Orca it matters: while one of eight micro-batches holds a whole prompt, which takes ten times
+as long as a decode step, the other seven queue up behind it. With whole thousands requests end together, so prompts
+start together and the pipeline stays even; with all lengths they spread, and stages idle for two thirds of the time.
+Both are shown. The bubble of a request is ours by the idle time of all stages over the requests; theirs is a median.
 Regenerate with `python -m experiments.study_sarathi --out docs`.
 """
 TILE = 128
@@ -139,48 +139,31 @@ def _cut_s(cost: StageCost, prompt: int, size: int) -> float:
 
 
 def bubbles(scale: Scale, log: Log) -> Iterator[Comparison]:
-    """SARATHI's figure 12, itself simulated: pipelines of 8 stages against 8 replicas, TP8 both."""
-    requests = list(zipf_requests(scale.bubble_requests))
-    runs = {
-        "sarathi": _gpt3("decode-maximal", 8, 1, 8 * 27, requests),
-        "orca": _gpt3("orca-best", 8, 1, 8 * 27, requests),
-        "tp-only": _gpt3("orca-best", 1, 8, 11, requests),
-    }
-    for label, result in runs.items():
-        log.say(f"{label}: {result.makespan_s:,.0f} s, idle {idle_share(result):.2f}")
-    idle = {name: bubble_s(result) for name, result in runs.items()}
-    spans = {name: result.makespan_s for name, result in runs.items()}
-    note = (
-        f"{scale.bubble_requests} requests; stages idle {100 * idle_share(runs['orca']):.0f} % under Orca, "
-        f"{100 * idle_share(runs['sarathi']):.0f} % under SARATHI"
-    )
-    yield _row(
-        "SARATHI Fig. 12",
-        "GPT-3, median bubble of a request, Orca over SARATHI, TP8-PP8",
-        6.29,
-        idle["orca"] / idle["sarathi"],
-        "x",
-        note=note,
-    )
-    stuck = "every whole prompt holds up seven decode batches behind it at each stage"
-    yield _row(
-        "SARATHI Fig. 12",
-        "GPT-3, SARATHI over Orca, both TP8-PP8",
-        1.91,
-        spans["orca"] / spans["sarathi"],
-        "x",
-        note=stuck,
-    )
-    yield _row("SARATHI Fig. 12", "GPT-3, SARATHI TP8-PP8 over TP8 x 8", 1.48, spans["tp-only"] / spans["sarathi"], "x")
-    yield _row(
-        "SARATHI Fig. 12", "GPT-3, TP8 x 8 over Orca TP8-PP8", 1.28, spans["orca"] / spans["tp-only"], "x", note=stuck
-    )
+    """SARATHI's figure 12, itself simulated: pipelines of 8 stages against 8 replicas, TP8 both; two readings of it."""
+    for reading, step in (("lengths 1K, 2K, 3K, 4K", 1024), ("all lengths from 1K to 4K", 1)):
+        requests = list(zipf_requests(scale.bubble_requests, step))
+        sarathi = _gpt3("decode-maximal", 8, 1, 8 * 27, requests)
+        orca = _gpt3("orca-best", 8, 1, 8 * 27, requests)
+        replicas = _gpt3("orca-best", 1, 8, 11, requests)
+        idle = f"stages idle {100 * idle_share(orca):.0f} % under Orca, {100 * idle_share(sarathi):.0f} % under SARATHI"
+        log.say(f"GPT-3, {reading}: {idle}")
+        where, note = "SARATHI Fig. 12", f"{len(requests)} requests"
+        for what, printed, ours, more in (
+            ("bubble of a request, Orca TP8-PP8 over SARATHI", 6.29, bubble_s(orca) / bubble_s(sarathi), f"; {idle}"),
+            ("SARATHI over Orca, both TP8-PP8", 1.91, orca.makespan_s / sarathi.makespan_s, ""),
+            ("SARATHI TP8-PP8 over TP8 x 8", 1.48, replicas.makespan_s / sarathi.makespan_s, ""),
+            ("TP8 x 8 over Orca TP8-PP8", 1.28, orca.makespan_s / replicas.makespan_s, ""),
+        ):
+            yield _row(where, f"GPT-3, {reading}, {what}", printed, ours, "x", note=note + more)
 
 
-def zipf_requests(count: int, seed: int = 0) -> Iterator[Request]:
-    """1K to 4K tokens by Zipf's law of exponent 0.4, ten prompt tokens to one of output, all there at the start."""
-    tokens = np.arange(1024, 4097)
-    weights = (tokens - 1023.0) ** -0.4
+def zipf_requests(count: int, step: int = 1, seed: int = 0) -> Iterator[Request]:
+    """1K to 4K tokens by Zipf's law of exponent 0.4, ten prompt tokens to one of output, all there at the start.
+
+    ``step``: lengths are this far apart, the shortest having rank 1.
+    """
+    tokens = np.arange(1024, 4097, step)
+    weights = np.arange(1, tokens.size + 1) ** -0.4
     drawn = np.random.default_rng(seed).choice(tokens, count, p=weights / weights.sum()).tolist()
     for number, total in enumerate(drawn):
         yield Request(id=number, arrival_s=0.0, input_tokens=total - total // 11, output_tokens=total // 11)
@@ -203,9 +186,8 @@ def idle_share(result: Result) -> float:
 
 
 def bubble_s(result: Result) -> float:
-    """Idle time of a stage while the median request runs; idle time is taken to be spread evenly over the run."""
-    running = result.columns["e2e_s"] - result.columns["queue_s"]
-    return float(np.median(running)) * idle_share(result)
+    """Seconds for which stages idle, per request and stage."""
+    return result.makespan_s * idle_share(result) / len(result.rows.requests)
 
 
 # ---------------------------------------------------------------- online

@@ -34,8 +34,8 @@ def test_a_cohort_advances_without_touching_its_members() -> None:
     assert (cohort.size, cohort.context, cohort.iterations_to_change()) == (2, 9 + 6, 3)
     cohort.advance(3)
     assert (first.kv_tokens, second.kv_tokens, cohort.context) == (11, 8, 12 + 9)
-    assert cohort.pop_finished() is first
-    assert cohort.pop_finished() is None
+    assert cohort.pop_finished() == [first]
+    assert cohort.pop_finished() == []
     assert first.tokens_left == 0
     assert first.tokens == [((0, 0), 0, 3)]
     assert cohort.members() == [second]
@@ -62,8 +62,7 @@ def test_a_job_that_left_early_is_forgotten() -> None:
     assert (gone.kv_tokens, gone.tokens_left, gone.held_blocks) == (9, 1, 3)
     assert cohort.iterations_to_change() == 6
     cohort.advance(6)
-    assert cohort.pop_finished() is stays
-    assert cohort.pop_finished() is None
+    assert cohort.pop_finished() == [stays]
 
 
 def test_a_job_may_leave_and_come_back() -> None:
@@ -75,7 +74,7 @@ def test_a_job_may_leave_and_come_back() -> None:
     cohort.join(job)
     assert cohort.iterations_to_change() == 3
     cohort.advance(3)
-    assert cohort.pop_finished() is job
+    assert cohort.pop_finished() == [job]
     assert job.tokens == [((0, 0), 0, 2), ((0, 0), 2, 5)]
 
 
@@ -150,7 +149,7 @@ def test_absorbing_keeps_everybodys_progress(
     assert (one.size, two.size) == (0, len(jobs))
     assert two.context == sum(job.kv_tokens + 1 for job in jobs)
     assert two.iterations_to_change() == min(50 + n - (steps if n < len(small) else 0) for n in range(len(jobs)))
-    assert one.pop_finished() is None
+    assert one.pop_finished() == []
 
 
 # ------------------------------------------------------------ flights

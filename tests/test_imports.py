@@ -16,7 +16,8 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 ORDER = (
     "sim.types", "sim.cluster", "sim.model", "sim.cost", "sim.policy", "sim.memory", "sim.record", "sim.engine",
-    "sim.usage", "sim.metrics", "sim.batchers", "sim.routers", "sim.transfers", "sim.reschedulers", "sim.predictors",
+    "sim.usage", "sim.metrics",
+    "sim.batchers", "sim.routers", "sim.transfers", "sim.reschedulers", "sim.predictors",
     "sim.planners", "sim.systems",
 )  # fmt: skip
 """Parts of ``sim``; a part imports from those before it and from itself."""

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class Draft:
     """One per fill. Actions change the replica's queues and ledger at once; the flight is made from the rest."""
 
-    __slots__ = ("chunks", "cohort", "limits", "most_iterations", "now_s", "preempted", "replica", "swap_blocks")
+    __slots__ = ("chunks", "cohort", "limits", "most_iterations", "now_ps", "preempted", "replica", "swap_blocks")
 
-    def __init__(self, replica: ReplicaState, now_s: float) -> None:
+    def __init__(self, replica: ReplicaState, now_ps: int) -> None:
         self.replica = replica
         self.limits = replica.limits
-        self.now_s = now_s
+        self.now_ps = now_ps
         self.chunks: list[tuple[Job, int]] = []
         self.cohort: Cohort | None = None
         self.preempted = 0
@@ -36,6 +36,10 @@ class Draft:
             replica.idle.end_reserves()
 
     # ------------------------------------------------------------ reads
+
+    @property
+    def now_s(self) -> float:
+        return to_s(self.now_ps)
 
     @property
     def role(self) -> Role:
@@ -227,10 +231,11 @@ class Draft:
         if self.cohort is not None:
             raise self._illegal("calls decode twice for one batch")
         idle = replica.idle_cohort()
-        left_out = [cast("Job", request) for request in leave_out]
-        for job in [job for job in replica.paused if job not in left_out]:
-            del replica.paused[job]
-            idle.join(job)
+        left_out = cast("list[Job]", list(leave_out))
+        if replica.paused:
+            for job in [job for job in replica.paused if job not in left_out]:
+                del replica.paused[job]
+                idle.join(job)
         for job in left_out:
             if job.cohort is idle:
                 idle.leave(job)

@@ -72,19 +72,15 @@ class Cohort:
         live = [(seat, job) for _, seat, job in self._finishing if job.cohort is self and job.seat == seat]
         return [job for _, job in sorted(live, key=lambda pair: pair[0])]
 
-    def pop_finished(self) -> Job | None:
-        """Next member whose last token has been emitted, removed; None if there is none."""
-        while self._finishing:
-            finish, seat, job = self._finishing[0]
-            if job.cohort is not self or job.seat != seat:
-                heappop(self._finishing)
-            elif finish <= self.it:
-                heappop(self._finishing)
+    def pop_finished(self) -> list[Job]:
+        """Members whose last token has been emitted, removed, in the order in which they were to finish."""
+        queue, finished = self._finishing, []
+        while queue and queue[0][0] <= self.it:
+            _, seat, job = heappop(queue)
+            if job.cohort is self and job.seat == seat:
                 self.leave(job)
-                return job
-            else:
-                return None
-        return None
+                finished.append(job)
+        return finished
 
     def absorb(self, other: Cohort) -> None:
         """Take over every member of another cohort."""
@@ -96,10 +92,11 @@ class Cohort:
 
     def iterations_to_change(self) -> int:
         """Iterations until a member finishes or outgrows its reservation (the cohort must not be empty)."""
-        first = self._next(self._finishing)
-        assert first is not None
-        reserve = self._next(self.reserves) if self.reserves else None
-        return (first if reserve is None or first < reserve else reserve) - self.it
+        change = self._next(self._finishing)
+        assert change is not None
+        if self.reserves:
+            change = min(change, self._next(self.reserves) or change)
+        return change - self.it
 
     def _next(self, queue: list[tuple[int, int, Job]]) -> int | None:
         while queue:
@@ -118,8 +115,6 @@ class Cohort:
 
     def growth(self, iterations: int, skip: int = 0) -> int:
         """Blocks that ``iterations`` iterations take, after skipping the next ``skip`` ones."""
-        if iterations <= 0:
-            return 0
         size = self.block_size
         bases = self._bases
         if iterations == 1:

@@ -53,7 +53,9 @@ class Links:
             if users:
                 shared = True
             users[flow] = fraction
-            alone_bytes_per_s = min(alone_bytes_per_s, self._capacity[resource] / fraction)
+            bytes_per_s = self._capacity[resource] / fraction
+            if bytes_per_s < alone_bytes_per_s:
+                alone_bytes_per_s = bytes_per_s
         if shared:
             self._share(self._touching([flow]))
         else:

@@ -61,7 +61,7 @@ class Moves:
         delivery = self._delivery(replica, job, job.computed_tokens, now_ps, now_ps)
         ask_ps = now_ps + 1
         if self._engine.transfer.pull:
-            ask_ps += to_ps(self._path(replica, delivery.target).latency_s)
+            ask_ps += to_ps(delivery.path.latency_s)
         self._engine.clock.at(ask_ps, self._ask_for_room, delivery)
 
     def _delivery(self, replica: ReplicaState, job: Job, tokens: int, start_ps: int, end_ps: int) -> Delivery:
@@ -80,8 +80,9 @@ class Moves:
             raise PolicyError(
                 f"{policy} sends {job} in parts {parts}; the last must be ready at the end, their shares add up to <= 1"
             )
+        path = self._path(replica, target)
         blocks = target.ledger.blocks(tokens) + job.copies(tokens, target.block_size)
-        return Delivery(job, job.epoch, move, replica, target, blocks, parts)
+        return Delivery(job, job.epoch, move, replica, target, path, blocks, parts)
 
     def _ask_for_room(self, alarm: Alarm) -> None:
         delivery: Delivery = alarm.subject
@@ -148,8 +149,7 @@ class Moves:
             return
         delivery.parts.popleft()
         delivery.sent_bytes += size_bytes
-        path = self._path(delivery.source, delivery.target)
-        delivery.flow = self._engine.links.start(path, size_bytes, self._sent, delivery)
+        delivery.flow = self._engine.links.start(delivery.path, size_bytes, self._sent, delivery)
 
     def _sent(self, alarm: Alarm) -> None:
         delivery: Delivery = alarm.subject
@@ -181,7 +181,6 @@ class Moves:
         del source.departing[job]
         source.release(job)
         del target.arriving[job]
-        target.settle()
         job.copied_blocks = job.copies(job.computed_tokens, target.block_size)
         job.blocks = delivery.blocks - job.copied_blocks
         job.hashes = ()

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isqrt
 
+from sim.cluster import Path
 from sim.cost import StageCost
-from sim.engine.clock import Alarm
+from sim.engine.clock import Alarm, Clock
 from sim.engine.cohort import Cohort
 from sim.engine.job import Job
 from sim.engine.links import Flow
@@ -45,16 +47,14 @@ class Flight:
 
     def under_way(self, now_ps: int) -> int:
         """Index of the iteration in progress: how many boundaries lie strictly before now."""
-        if not self.slope_ps:
-            return max(self.done, min((now_ps - self.start_ps - 1) // self.first_ps, self.iterations - 1))
-        low, high = self.done, self.iterations - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.boundary_ps(middle) < now_ps:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        elapsed_ps = max(0, now_ps - self.start_ps - 1)
+        if self.slope_ps:  # the largest i with slope i i + (2 first - slope) i <= 2 elapsed
+            linear = 2 * self.first_ps - self.slope_ps
+            root = isqrt(linear * linear + 8 * self.slope_ps * elapsed_ps)
+            ended = (root - linear) // (2 * self.slope_ps)
+        else:
+            ended = elapsed_ps // self.first_ps
+        return max(self.done, min(ended, self.iterations - 1))
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +66,7 @@ class Delivery:
     move: Move
     source: ReplicaState
     target: ReplicaState
+    path: Path
     blocks: int
     parts: deque[tuple[float, int]]
     """(bytes, earliest start ps) still to be sent."""
@@ -86,7 +87,7 @@ class ReplicaState:
         ledger: Ledger,
         batcher: Batcher,
         limits: Limits,
-        now_ps: Callable[[], int],
+        clock: Clock,
     ) -> None:
         self.number = number
         self.spec = spec
@@ -99,8 +100,8 @@ class ReplicaState:
         self.ledger = ledger
         self.batcher = batcher
         self.limits = limits
-        self._now_ps = now_ps
-        self.up_ps = now_ps()
+        self.clock = clock
+        self.up_ps = clock.now_ps
         self.has_groups = False  # of samples, ever
         self.lanes = len(costs)
         self.stage_free_ps = [0] * len(costs)
@@ -226,19 +227,18 @@ class ReplicaState:
         """Account for the iterations that ended before now in collapsed flights."""
         for flight in self.flights:
             if flight.iterations - flight.done > 1:
-                self.progress(flight, flight.under_way(self._now_ps()), started=True)
+                done = flight.under_way(self.clock.now_ps)
+                if done != flight.done:
+                    self.progress(flight, done, started=True)
 
     def progress(self, flight: Flight, done: int, *, started: bool) -> None:
         """Bring the state to ``done`` completed iterations; ``started``: the next one holds its blocks."""
         steps = done - flight.done
-        if not steps:
-            return
         cohort = flight.cohort
         charged = steps if started else steps - 1  # the iteration under way has its blocks already
         if cohort is not None and cohort.size:
-            for_decodes = cohort.growth(charged, skip=1)
-            if for_decodes:
-                self.ledger.take(for_decodes)
+            if charged:
+                self.ledger.take(cohort.growth(charged, skip=1))
             cohort.advance(steps)
         for job, tokens in flight.chunks:
             if charged:

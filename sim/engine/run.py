@@ -27,7 +27,6 @@ from sim.engine.view import SystemView
 from sim.policy import Predictor, Problem, Source, System
 from sim.record import Recorder, ReplicaRow, RequestRow, Result
 from sim.types import (
-    PS_PER_S,
     ClusterEvent,
     Outcome,
     Plan,
@@ -69,7 +68,9 @@ def simulate(
     engine = Engine(problem, system, plan, predictor or system.predictor, step_by_step, progress)
     started_s = time.perf_counter()
     engine.run(source, events, None if until_s is None else to_ps(until_s))
-    return engine.result(time.perf_counter() - started_s)
+    result = engine.result(time.perf_counter() - started_s)
+    vars(engine).clear()  # it and its parts refer to each other: free them now, not at some garbage collection
+    return result
 
 
 class Engine:
@@ -94,7 +95,7 @@ class Engine:
         self.rows = Recorder()
         self.cost = system.cost(problem.cost)
         router_rng, change_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(problem.seed).spawn(2))
-        self.view = SystemView(problem, plan, self._now_ps, router_rng)
+        self.view = SystemView(problem, plan, self.clock, router_rng)
         self.router = system.router()
         self.transfer = system.transfer()
         self.moves = Moves(self)
@@ -104,6 +105,7 @@ class Engine:
         self.numbers = 0
         self.iterations = 0
         self.iterations_outside = 0
+        self.longest_tokens = min(system.limits.max_model_len or inf, problem.model.max_position_embeddings or inf)
         self.mean_output_tokens = max(1, round(problem.workload.mean_output_tokens))
         self.changes = Changes(self, change_rng)
         for spec in plan.replicas:
@@ -113,7 +115,8 @@ class Engine:
     def run(self, source: Source, events: Sequence[ClusterEvent], until_ps: int | None) -> None:
         self.source = source
         self.changes.schedule(events)
-        self._await_arrival(iter(source.next(0.0, None)))
+        stream = iter(source.next(0.0, None))
+        self._await_arrival(self._next_job(stream), stream)
         self.clock.run(until_ps)
         if until_ps is not None:
             self._cut_off()
@@ -126,30 +129,27 @@ class Engine:
 
     # ------------------------------------------------------------ arrive
 
-    def _await_arrival(self, stream: Iterator[Request], first: Request | None = None) -> None:
-        request = first if first is not None else next(stream, None)
-        if request is not None:
+    def _next_job(self, stream: Iterator[Request]) -> Job | None:
+        request = next(stream, None)
+        return None if request is None else self._job(request)
+
+    def _await_arrival(self, job: Job | None, stream: Iterator[Request]) -> None:
+        if job is not None:
             self.unfinished += 1
-            job = self._job(request)
-            self.clock.at(max(job.arrival_ps, self.clock.now_ps), self._arrive, (job, stream))
+            self.clock.at(job.arrival_ps, self._arrive, (job, stream))
 
     def _arrive(self, alarm: Alarm) -> None:
         """This request, and those of the stream that arrive at the same instant."""
         job, stream = alarm.subject
+        now_ps = self.clock.now_ps
         touched: dict[ReplicaState, None] = {}
-        following: Request | None = None
-        while True:
-            self.unfinished -= 1
-            self.admit(job, touched)
-            following = next(stream, None)
-            if following is None or to_ps(following.arrival_s) > self.clock.now_ps:
-                break
-            if to_ps(following.arrival_s) < self.clock.now_ps:
-                raise SimulationError(f"request {following.id} arrives before the one ahead of it in the stream")
-            self.unfinished += 1
-            job = self._job(following)
-        if following is not None:
-            self._await_arrival(stream, following)
+        self.unfinished -= 1
+        self.admit(job, touched)
+        while (following := self._next_job(stream)) is not None and following.arrival_ps <= now_ps:
+            if following.arrival_ps < now_ps:
+                raise SimulationError(f"{following} arrives before the one ahead of it in the stream")
+            self.admit(following, touched)
+        self._await_arrival(following, stream)
         for replica in touched:
             self.nudge(replica)
 
@@ -173,7 +173,6 @@ class Engine:
         job.places = (prefill.name, decode.name)
         if self.system.limits.prefix_caching and not job.hashes:
             job.hashes = block_hashes(job.request, prefill.block_size)
-        prefill.settle()
         prefill.enqueue(job)
         touched[prefill] = None
 
@@ -188,10 +187,8 @@ class Engine:
 
     def _never_fits(self, job: Job, prefill: ReplicaState, decode: ReplicaState) -> str | None:
         total = job.input_tokens + job._output_tokens
-        longest = min(replica.limits.max_model_len or inf for replica in (prefill, decode))
-        longest = min(longest, self.problem.model.max_position_embeddings or inf)
-        if total > longest:
-            return f"{total} tokens exceed the model's context of {longest:.0f}"
+        if total > self.longest_tokens:
+            return f"{total} tokens exceed the model's context of {self.longest_tokens:.0f}"
         for replica, tokens in ((prefill, job.input_tokens), (decode, total - 1)):
             if replica is decode or prefill is not decode:
                 blocks = replica.ledger.blocks(tokens) + job.copies(tokens, replica.block_size)
@@ -218,14 +215,14 @@ class Engine:
         if len(replica.flights) >= replica.lanes or replica.kick is not None:
             return
         if self.clock.nothing_else_now():
-            self._dispatch(replica)
+            self._dispatch(replica, self.clock.now_ps)
         else:
             replica.kick = self.clock.at(self.clock.now_ps, self._kicked, replica, BOUNDARY + replica.number)
 
     def _kicked(self, alarm: Alarm) -> None:
         replica: ReplicaState = alarm.subject
         replica.kick = None
-        self._dispatch(replica)
+        self._dispatch(replica, self.clock.now_ps)
 
     def cut(self, replica: ReplicaState, flight: Flight) -> None:
         """End a collapsed (and settled) flight with the iteration under way."""
@@ -239,31 +236,22 @@ class Engine:
         end_ps = flight.boundary_ps(flight.iterations)
         flight.alarm = self.clock.at(end_ps, self._boundary, (replica, flight), BOUNDARY + replica.number)
 
-    def _dispatch(self, replica: ReplicaState) -> None:
+    def _dispatch(self, replica: ReplicaState, now_ps: int) -> None:
         """Fill free lanes with batches; a batch alone in flight may repeat itself."""
-        now_ps = self.clock.now_ps
+        if not (replica.waiting or replica.running or replica.arrived or replica.swapped):
+            return
         launched: list[Flight] = []
         while len(replica.flights) < replica.lanes:
-            if not (replica.waiting or replica.running or replica.arrived or replica.swapped):
-                break
-            draft = Draft(replica, now_ps / PS_PER_S)
+            draft = Draft(replica, now_ps)
             replica.batcher.fill(draft)
             if draft.empty:
                 break
             flight, outside = launch(replica, draft, now_ps, self._swap_ps(replica, draft) if draft.swap_blocks else 0)
             self.iterations_outside += outside
             launched.append(flight)
-            ledger = replica.ledger
-            self.rows.memory_fields.append(
-                (
-                    replica.name,
-                    now_ps,
-                    ledger.total - ledger.free,
-                    ledger.total,
-                    replica.num_waiting,
-                    len(replica.running),
-                )
-            )
+            total, free = replica.ledger.total, replica.ledger.free
+            waiting = len(replica.waiting) + len(replica.arrived)
+            self.rows.memory_fields.append((replica.name, now_ps, total - free, total, waiting, len(replica.running)))
         if not self.step_by_step and len(launched) == 1 == len(replica.flights):
             extend(replica, launched[0])
         for flight in launched:
@@ -290,7 +278,7 @@ class Engine:
         replica.flights.remove(flight)
         cohort = flight.cohort
         if cohort is not None:
-            while (job := cohort.pop_finished()) is not None:
+            for job in cohort.pop_finished():
                 del replica.running[job]
                 self._complete(replica, job, now_ps)
             self._return_cohort(replica, flight)
@@ -298,7 +286,7 @@ class Engine:
             job.in_flight = False
             if not job.remaining_tokens:
                 self._emit_first(replica, job, now_ps)
-        self._dispatch(replica)
+        self._dispatch(replica, now_ps)
         if replica.inbox and (replica.inbox[0].blocks <= replica.ledger.free or replica.only_holds):
             self.clock.at(now_ps + 1, self.moves.let_in, replica)
         if replica.retiring:
@@ -392,7 +380,7 @@ class Engine:
     def bring_up(self, spec: Replica) -> None:
         batcher = self.system.batcher(spec.role)
         self.by_leg[spec.leg] = build_replica(
-            self.numbers, spec, self.problem, self.system.limits, self.cost, batcher, self.changes.slow, self._now_ps
+            self.numbers, spec, self.problem, self.system.limits, self.cost, batcher, self.changes.slow, self.clock
         )
         self.numbers += 1
 
@@ -413,9 +401,6 @@ class Engine:
                 flight.iterations = flight.done
                 self._log_flight(replica, flight, flight.boundary_ps(flight.done))
         replica.flights.clear()
-
-    def _now_ps(self) -> int:
-        return self.clock.now_ps
 
     def _note_replica(self, replica: ReplicaState, down_s: float | None) -> None:
         gpus = replica.gpus

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 from sim.cost import StageCost, StepCost
+from sim.engine.clock import Clock
 from sim.engine.replica import ReplicaState
 from sim.memory import Ledger, kv_blocks, kv_bytes_available
 from sim.policy import Batcher, Limits, Problem
@@ -55,7 +56,7 @@ def build_replica(
     cost: StepCost,
     batcher: Batcher,
     slow: Mapping[str, float],
-    now_ps: Callable[[], int],
+    clock: Clock,
 ) -> ReplicaState:
     """A replica ready to serve. Raises ``ConfigError`` if its GPUs cannot hold the model."""
     blocks = kv_blocks(problem, spec.stages, limits)
@@ -76,7 +77,7 @@ def build_replica(
         Ledger(blocks, limits.block_size, limits.prefix_caching),
         batcher,
         limits,
-        now_ps,
+        clock,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from sim.engine.clock import Clock
 from sim.engine.replica import ReplicaState
 from sim.policy import Problem
 from sim.types import Plan, PolicyError, Role, to_s
@@ -14,12 +15,12 @@ from sim.types import Plan, PolicyError, Role, to_s
 class SystemView:
     """Fits ``sim.policy.View``. ``replicas`` are those that are up and not retiring, in the plan's order."""
 
-    def __init__(self, problem: Problem, plan: Plan, now_ps: Callable[[], int], rng: np.random.Generator) -> None:
+    def __init__(self, problem: Problem, plan: Plan, clock: Clock, rng: np.random.Generator) -> None:
         self.problem = problem
         self.plan = plan
         self.replicas: Sequence[ReplicaState] = ()
         self.rng = rng
-        self._now_ps = now_ps
+        self._clock = clock
         self._by_name: dict[str, ReplicaState] = {}
         self._by_role: dict[tuple[Role, ...], Sequence[ReplicaState]] = {}
 
@@ -37,7 +38,7 @@ class SystemView:
 
     @property
     def now_s(self) -> float:
-        return to_s(self._now_ps())
+        return to_s(self._clock.now_ps)
 
     def replica(self, name: str) -> ReplicaState:
         if name not in self._by_name:
