@@ -1,8 +1,8 @@
 """How fast the engine is: requests per second of whole process and of engine, against its own step-by-step mode.
 
 ``python -m experiments.bench_engine [TRACE]`` replays a trace (the Azure conversation CSV, or as many requests
-resampled from the shipped sample) on Llama-2-70B over 4 prefill and 4 decode replicas of 4 H100 each, at low load and near
-saturation. Every figure comes from this one run; the ratios are the sturdier ones on a shared machine.
+resampled from the shipped sample) on Llama-2-70B over 4 prefill and 4 decode replicas of 4 H100 each, at low load
+and near saturation. Every figure comes from this one run; the ratios are the sturdier ones on a shared machine.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(trace: Path | None, rate_per_s: float, step_by_step: bool) -> dict[s
     result = simulate(problem, system, TraceSource(requests), step_by_step=step_by_step)
     summary = summarise(result, slo=Slo(ttft_s=2.5, tpot_s=0.15), usd_per_hour=problem.cluster.usd_per_hour())
     wall_s = time.perf_counter() - started_s
-    decode_steps = [step for step in result.rows.steps if step.decode_seqs]
+    iterations, decode_seqs = np.array([(step.iterations, step.decode_seqs) for step in result.rows.steps]).T
     return {
         "requests": len(requests),
         "completed": summary["completed"],
@@ -70,8 +70,7 @@ def measure(trace: Path | None, rate_per_s: float, step_by_step: bool) -> dict[s
         "iterations_per_request": result.iterations / len(requests),
         "segments_per_request": result.segments / len(requests),
         "events_per_request": result.events / len(requests),
-        "mean_decode_batch": sum(s.decode_seqs * s.iterations for s in decode_steps)
-        / sum(s.iterations for s in decode_steps),
+        "mean_decode_batch": float((iterations * decode_seqs).sum() / iterations[decode_seqs > 0].sum()),
         "preemptions": summary["preemptions"],
         "p99_ttft_s": summary["ttft_s"]["p99"],
         "p99_tpot_s": summary["tpot_s"]["p99"],

@@ -12,12 +12,13 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.types import PS_PER_S, Outcome, Request, to_ps
+from sim.types import PS_PER_S, Outcome, Request
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +139,7 @@ class Result:
     def __init__(
         self, rows: Recorder, *, system: str, mirrors: str, events: int, wall_s: float, extrapolated_share: float
     ) -> None:
-        rows.requests.sort(key=lambda row: row.request.id)
+        rows.requests.sort(key=attrgetter("request.id"))
         self.rows = rows
         self.system = system
         self.mirrors = mirrors
@@ -167,23 +168,22 @@ class Result:
         """One array per request column, in order of request id; NaN where undefined."""
         rows = self.rows.requests
         requests = [row.request for row in rows]
-        arrival = np.array([request.arrival_s for request in requests], dtype=float)
-        arrived = _seconds(to_ps(request.arrival_s) for request in requests)
-        output = np.array([request.output_tokens for request in requests], dtype=np.int64)
-        scheduled = _seconds(row.scheduled_ps for row in rows)
-        first = _seconds(row.first_token_ps for row in rows)
-        prefilled = _seconds(row.prefill_end_ps for row in rows)
-        finish = _seconds(row.finish_ps for row in rows)
-        transfer = np.array([row.transfer_ps for row in rows], dtype=float) / PS_PER_S
+        arrival = _array(requests, "arrival_s", float)
+        arrived = np.rint(arrival * PS_PER_S) / PS_PER_S  # as the engine's clock has it
+        output = _array(requests, "output_tokens", np.int64)
+        transfer, finish = _array(rows, "transfer_ps", float) / PS_PER_S, _array(rows, "finish_ps", float) / PS_PER_S
+        scheduled, first, prefilled = (
+            _array(rows, name, float) / PS_PER_S for name in ("scheduled_ps", "first_token_ps", "prefill_end_ps")
+        )
         with np.errstate(invalid="ignore", divide="ignore"):
             tpot = np.where(output > 1, (finish - first) / (output - 1), np.nan)
         values: tuple[Any, ...] = (
-            np.array([request.id for request in requests], dtype=np.int64),
+            _array(requests, "id", np.int64),
             arrival,
-            np.array([request.input_tokens for request in requests], dtype=np.int64),
+            _array(requests, "input_tokens", np.int64),
             output,
-            np.array([row.outcome for row in rows], dtype=object),
-            np.array([row.reason for row in rows], dtype=object),
+            _array(rows, "outcome", object),
+            _array(rows, "reason", object),
             scheduled - arrived,
             prefilled - scheduled,
             transfer,
@@ -191,12 +191,12 @@ class Result:
             first - arrived,
             tpot,
             finish - arrived,
-            np.array([row.preemptions for row in rows], dtype=np.int64),
-            np.array([row.cached_tokens for row in rows], dtype=np.int64),
-            np.array([row.bytes_moved for row in rows], dtype=np.int64),
-            np.array([row.prefill_stage for row in rows], dtype=object),
-            np.array([row.decode_stage for row in rows], dtype=object),
-            np.array([request.klass for request in requests], dtype=object),
+            _array(rows, "preemptions", np.int64),
+            _array(rows, "cached_tokens", np.int64),
+            _array(rows, "bytes_moved", np.int64),
+            _array(rows, "prefill_stage", object),
+            _array(rows, "decode_stage", object),
+            _array(requests, "klass", object),
         )
         return dict(zip(REQUEST_COLUMNS, values, strict=True))
 
@@ -271,8 +271,9 @@ class Result:
                     yield start_ps + count * first_ps + slope_ps * (count * (count - 1) // 2)
 
 
-def _seconds(values: Iterator[int | None]) -> NDArray[Any]:
-    return np.array([np.nan if value is None else value for value in values], dtype=float) / PS_PER_S
+def _array(items: Sequence[Any], name: str, dtype: Any) -> NDArray[Any]:
+    """One attribute of every item; as a float, ``None`` becomes NaN."""
+    return np.array(list(map(attrgetter(name), items)), dtype=dtype)
 
 
 def _table(rows: Sequence[tuple[Any, ...]], names: tuple[str, ...]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, NamedTuple
 
 PS_PER_S = 10**12
@@ -65,7 +66,7 @@ class Request:
     """Outputs sampled in parallel from one prompt, each of ``output_tokens``; they share the prompt's KV."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.arrival_s < float("inf"):
+        if not 0 <= self.arrival_s < inf:
             raise ConfigError(f"request {self.id}: arrival_s is {self.arrival_s}; it must be a number >= 0")
         if self.input_tokens < 1 or self.output_tokens < 1:
             raise ConfigError(

@@ -75,7 +75,7 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "sarathi-serve chunked-only split": lambda: SYSTEMS["sarathi-serve"](token_budget=64, mode="chunked-only", **SPLIT),
     "sarathi-serve hybrid-only": lambda: SYSTEMS["sarathi-serve"](mode="hybrid-only", replicas=2, tp=1),
     "sarathi-serve dynamic": lambda: SYSTEMS["sarathi-serve"](
-        dynamic_chunks={"high_tokens": 128, "low_tokens": 32, "stages": 4, "max_tokens": 200}, replicas=2, tp=1
+        dynamic_chunks={"high_tokens": 96, "low_tokens": 32, "stages": 3, "max_tokens": 240}, replicas=2, tp=1
     ),
     "sarathi-serve by tbt": lambda: SYSTEMS["sarathi-serve"](tbt_s=0.02, replicas=2, tp=1),
     "sarathi-serve": lambda: SYSTEMS["sarathi-serve"](token_budget=64, replicas=2, tp=1),
@@ -102,7 +102,7 @@ def test_every_system_is_under_the_law() -> None:
 def traffic(draw: st.DrawFn) -> list[Request]:
     """Bursts on a coarse grid (ties), short and long prompts, some with shared prefixes, some of several samples."""
     count = draw(st.integers(1, 40))
-    gap = draw(st.sampled_from([0.0, 0.01, 0.05, 0.3]))
+    gap = draw(st.sampled_from([0.0, 0.0037, 0.01, 0.05, 0.3]))
     arrival, requests = 0.0, []
     for number in range(count):
         arrival = round(arrival + gap * draw(st.integers(0, 3)), 3)

@@ -137,6 +137,14 @@ def test_the_importer_names_what_is_amiss(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_a_shipped_profile_passes_the_check_it_is_spared(name: str, tmp_path: Path) -> None:
+    path = shipped_profiles()[name]
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    assert read_profile(copy) == read_profile(path)
+
+
 def test_a_profile_survives_its_file(shipped: Profile, tmp_path: Path) -> None:
     path = tmp_path / "copy.json"
     write_profile(shipped, path)

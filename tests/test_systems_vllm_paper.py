@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim import SYSTEMS, ClusterEvent, ConfigError, Request, Result
-from sim.batchers.common import latest_arrived
+from sim import SYSTEMS, ClusterEvent, ConfigError, Plan, Request, Result
+from sim.batchers import MixedPrompts
 from sim.memory import beam_blocks, copied_blocks, sharing_saving
 from sim.model import model
-from tests.lab import ONE, SPLIT, Fill, spied
+from tests.lab import ONE, SPLIT, Fill, Way, spied, system
 from tests.test_systems_vllm import traffic
-from tests.toys import MS, cluster, problem, request, run, with_limits
+from tests.toys import MS, cluster, problem, replica, request, run, with_limits
 
 
 def paper(**limits: Any) -> Any:
@@ -23,8 +23,8 @@ def paper(**limits: Any) -> Any:
     return with_limits(SYSTEMS["vllm"](replicas=1, tp=1, **{"mode": "paper", **mode}), **limits)
 
 
-def watched(system: Any, requests: list[Request]) -> tuple[Result, list[Fill]]:
-    lab, fills = spied(system)
+def watched(lab: Any, requests: list[Request]) -> tuple[Result, list[Fill]]:
+    lab, fills = spied(lab)
     return run(lab, requests, plan=ONE, step_by_step=True), fills
 
 
@@ -68,11 +68,24 @@ def test_every_batch_keeps_to_the_rules(
             assert max(fill.preempted) == max(fill.decodes + fill.preempted)  # ids are in order of arrival
 
 
-def test_the_latest_to_arrive_is_preempted_though_admitted_first() -> None:
-    """Requests wait in another order than they arrived in: the victim is still the last of those."""
-    views: Any = [request(3, 0.3), request(1, 0.1), request(2, 0.2)]
-    batch: Any = type("Batch", (), {"prefilling": (), "decoding": views})()
-    assert latest_arrived(batch) is views[0]
+def test_the_latest_to_arrive_is_preempted_though_it_was_there_first() -> None:
+    """Split: the KV of the short prompt 1 comes before that of the long prompt 0; 1 is the victim all the same."""
+    lab = system(MixedPrompts, router=lambda: Way(("p", "q"), "d"), num_kv_blocks=36)
+    plan = Plan(replicas=(*SPLIT.replicas, replica("q", ["n2.g0"], "prefill")))
+    requests = [request(0, 0.0, 360, 200), request(1, 0.001, 40, 200)]
+    rows = run(lab, requests, problem(cluster(1, 3)), plan=plan).rows.requests
+    assert (rows[1].first_token_ps or 0) < (rows[0].first_token_ps or 0)
+    assert [row.preemptions > 0 for row in rows] == [False, True]
+
+
+def test_swapped_requests_come_back_in_order_of_arrival() -> None:
+    """The latest left first; the earlier one is back before it."""
+    requests = [request(n, 0.0, 48, 60, samples=2) for n in range(3)]
+    _, fills = watched(paper(num_kv_blocks=20), requests)
+    out = [number for fill in fills for number in fill.preempted]
+    back = [number for fill in fills for number in fill.swapped_in]
+    assert out[:2] == [2, 1]
+    assert back == [1, 2]
 
 
 def test_a_recompute_longer_than_the_limit_waits_until_nobody_else_runs() -> None:
@@ -174,6 +187,15 @@ def test_every_sample_is_computed() -> None:
     prompt = 10 * MS + 100 * MS // 100
     decodes = [10 * MS + 3 * MS // 100 + 1000 * 3 * context for context in (101, 102)]
     assert row.finish_ps == prompt + sum(decodes)
+
+
+def test_a_group_that_ends_costs_nothing_any_more() -> None:
+    """Two steps with the group's three sequences, then two of request 1 alone."""
+    requests = [request(0, output_tokens=3, samples=3), request(1, output_tokens=5)]
+    rows = run(paper(), requests, plan=ONE).rows.requests
+    steps = [(4, 101), (4, 102), (1, 103), (1, 104)]
+    decodes = [10 * MS + seqs * (MS // 100 + 1000 * context) for seqs, context in steps]
+    assert [row.finish_ps for row in rows] == [12 * MS + sum(decodes[:2]), 12 * MS + sum(decodes)]
 
 
 def test_a_group_takes_as_many_seats_as_it_has_samples() -> None:

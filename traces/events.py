@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
-import yaml
 
 from sim.types import ClusterEvent, ConfigError
 from traces.arrivals import positive
@@ -58,11 +57,15 @@ def write_events(path: str | Path, events: Iterable[ClusterEvent]) -> None:
             writer.writeheader()
             writer.writerows(records)
         else:
+            import yaml
+
             known = [{name: value for name, value in record.items() if value is not None} for record in records]
             yaml.safe_dump(known, file, sort_keys=False)
 
 
 def _yaml_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import yaml
+
     with reading(path), path.open(encoding="utf-8") as file:
         try:
             found = yaml.safe_load(file)

@@ -24,9 +24,12 @@ def latest_admitted(batch: Batch) -> RequestView | None:
     return batch.last_running()
 
 
+def by_arrival(request: RequestView) -> tuple[float, int]:
+    return (request.arrival_s, request.id)
+
+
 def latest_arrived(batch: Batch) -> RequestView | None:
-    candidates = (*batch.prefilling, *batch.decoding)
-    return max(candidates, key=lambda request: (request.arrival_s, request.id), default=None)
+    return max((*batch.prefilling, *batch.decoding), key=by_arrival, default=None)
 
 
 def urgency(request: RequestView) -> tuple[int, float, int]:
@@ -53,8 +56,8 @@ def make_room(
 
 
 def swap_in(batch: Batch, keep_blocks: int) -> None:
-    """Bring swapped requests back, first out first in, while seats and blocks above ``keep_blocks`` allow."""
-    for request in batch.swapped:
+    """Bring swapped requests back, first come first served, while seats and blocks above ``keep_blocks`` allow."""
+    for request in sorted(batch.swapped, key=by_arrival):
         if batch.num_running and batch.num_running + request.samples > batch.limits.max_num_seqs:
             break
         grow = batch.blocks_to_grow  # theirs: vLLM gives the running ones their blocks before it swaps in

@@ -75,10 +75,12 @@ class ThreePools:
     def _read_reports(self, view: View) -> None:
         if self.all_heads:
             self._kv_scale = kv_scale(view.problem.model)
+        now_s = view.now_s
+        due_s = now_s - self.status_delay_s
         for replica in view.replicas:
             reported = self._reports.get(replica.name)
-            if reported is None or view.now_s - reported[0] >= self.status_delay_s:
-                self._reports[replica.name] = (view.now_s, replica.pending_prefill_tokens)
+            if reported is None or reported[0] <= due_s:
+                self._reports[replica.name] = (now_s, replica.pending_prefill_tokens)
 
     # ------------------------------------------------------------ pools
 

@@ -1,0 +1,136 @@
+"""The fields of a profile file, as pydantic checks them. ``profile_file`` reads and writes without it where it can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sim.types import ConfigError
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Text = Annotated[str, Field(min_length=1)]
+Per = Literal["layer", "model"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _TableFile(_Part):
+    counts: tuple[Count, ...]
+    seconds: tuple[Seconds, ...]
+    per: Per
+
+
+class _GridFile(_Part):
+    counts: tuple[Count, ...]
+    contexts: tuple[Count, ...]
+    seconds: tuple[tuple[Seconds, ...], ...]
+    per: Per
+
+
+class _OperatorsFile(_Part):
+    linear: _TableFile
+    head: _TableFile | None = None
+    collective: _TableFile | None = None
+    attention_prefill: _GridFile | None = None
+    attention_decode: _GridFile | None = None
+    attention_mixed: _GridFile | None = None
+    overhead_s: Seconds | None = None
+
+
+class _HeldOutFile(_Part):
+    mape: Seconds
+    largest: Seconds
+    points: Annotated[int, Field(ge=1)]
+
+
+class _GemmFile(_Part):
+    tokens: tuple[Count, ...]
+    n: tuple[Count, ...]
+    k: tuple[Count, ...]
+    seconds: tuple[tuple[tuple[Seconds, ...], ...], ...]
+
+
+class _AttentionFile(_Part):
+    heads: Annotated[int, Field(ge=1)]
+    kv_heads: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=1)]
+    prefill: _TableFile
+    decode: _GridFile
+
+
+class _KernelsFile(_Part):
+    """Kernel tables of GPU types, for any dense model."""
+
+    gpus: Annotated[tuple[Text, ...], Field(min_length=1)]
+    dtypes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    gemm: _GemmFile
+    attention: tuple[_AttentionFile, ...]
+    all_reduce: dict[int, _TableFile] = {}
+    held_out: dict[str, _HeldOutFile] = {}
+
+
+class _EntryFile(_Part):
+    gpus: tuple[Text, ...]
+    model: Text
+    num_layers: Annotated[int, Field(ge=1)]
+    tp: Annotated[int, Field(ge=1)]
+    dtypes: tuple[Text, ...]
+    included: tuple[str, ...] = ()
+    operators: _OperatorsFile
+    held_out: dict[str, _HeldOutFile] = {}
+
+
+class _ProvenanceFile(_Part):
+    source: Text
+    licence: Text
+    date: Text
+    tool: Text
+    engine: Text
+    method: Text
+
+
+class ProfileFile(_Part):
+    schema_name: Annotated[Literal["phasewise-profile"], Field(alias="schema")]
+    version: Literal[1]
+    name: Text
+    provenance: _ProvenanceFile
+    entries: tuple[_EntryFile, ...] = ()
+    kernels: tuple[_KernelsFile, ...] = ()
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.entries and not self.kernels:
+            raise ValueError("a profile needs entries or kernels")
+        return self
+
+
+def checked(data: object, path: Path) -> dict[str, Any]:
+    """The content of the profile file ``path``, complete; ``ConfigError`` names the first fault and the mend."""
+    try:
+        return ProfileFile.model_validate(data).model_dump()
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first(error)}") from None
+
+
+def file_data(data: object) -> dict[str, Any]:
+    """The same as it is written: in the order of the fields, without those that are unknown or empty."""
+    file = ProfileFile.model_validate(data)
+    return file.model_dump(by_alias=True, exclude_none=True, include=file.model_fields_set)
+
+
+def _first(error: ValidationError) -> str:
+    """One line for the first fault."""
+    fault = error.errors()[0]
+    place = ".".join(str(part) for part in fault["loc"])
+    value = repr(fault["input"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if fault["type"] == "missing":
+        return f"{place} is missing; add it{more}"
+    if fault["type"] == "extra_forbidden":
+        return f"{place} is not a field of a profile; remove it{more}"
+    return f"{place} is {value if len(value) < 60 else value[:57] + '...'}: {fault['msg']}{more}"
