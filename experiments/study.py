@@ -104,6 +104,6 @@ def _drawn(title: str, rows: Sequence[Comparison]) -> Drawing:
         axes.set_yticks(range(len(shown)), [f"{row.where}: {row.what}" for row in shown], fontsize=8)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("ours / published")
-        axes.set_title(title)
+        figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold")
         figure.legend(loc="outside lower right", ncols=4, fontsize=8)
     return Drawing(figure, table(rows))

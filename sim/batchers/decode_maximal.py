@@ -15,7 +15,6 @@ Composition = Literal["decode-maximal", "orca-best", "baseline"]
 COMPOSITIONS: tuple[Composition, ...] = ("decode-maximal", "orca-best", "baseline")
 MAX_LOSS = 0.2
 """Share of prefill throughput that chunks of 256 cost the authors (arXiv 2308.16369, figure 13: at most 20 %)."""
-
 ROUNDING = 1e-9
 
 
@@ -24,7 +23,7 @@ def smallest_efficient_chunk(
 ) -> int:
     """The smallest multiple of ``tile`` tokens that computes a prompt at ``1 - max_loss`` of the best throughput.
 
-    ``seconds`` prices an iteration. Source: section 4.4, "determining the chunk size", without its number of decodes.
+    ``seconds`` prices an iteration. Decodes that ride along are left out.
     """
     sizes = range(tile, prompt_tokens + tile, tile)
     times_s = {size: _prompt_seconds(seconds, prompt_tokens, size) for size in sizes}
@@ -41,8 +40,8 @@ class DecodeMaximal:
     """One chunk and up to B - 1 decodes; only decodes, up to B, when no prompt is left (SARATHI, arXiv 2308.16369).
 
     B, the slots of a micro-batch: contexts of ``max_model_len`` that the KV cache holds, over ``micro_batches``
-    (the pipeline stages). A chunk has ``chunk_size`` - (B - 1) tokens, so that a full batch is a multiple of the tile
-    (section 4.4); ``None`` picks ``smallest_efficient_chunk``. ``composition`` orca-best: a chunk is a whole prompt;
+    (the pipeline stages). A chunk has ``chunk_size`` - (B - 1) tokens, so that a full batch is a multiple of the
+    tile; ``None`` picks ``smallest_efficient_chunk``. ``composition`` orca-best: a chunk is a whole prompt;
     baseline: up to B whole prompts, or decodes, never both.
     """
 

@@ -21,7 +21,7 @@ def reserved_tokens(reserve: Reserve, input_tokens: int, output_tokens: int, lon
 
 
 class IterationLevel:
-    """Requests join and leave at any iteration; whole prompts run beside decodes (Orca, OSDI 2022, section 4).
+    """Requests join and leave at any iteration; whole prompts run beside decodes (Orca, OSDI 2022).
 
     First come first served, at most ``max_num_seqs`` at once, no limit on tokens. ``reserve``: see ``reserved_tokens``;
     pow2 and oracle go by the *predicted* output, so they are what they say under the predictor ``TrueLength`` only.
