@@ -11,7 +11,9 @@ import typer
 if TYPE_CHECKING:
     from experiments.requests import RequestStream
 
-app = typer.Typer(help="Describe, convert, generate and download request traces.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Describe, convert, generate and download request traces.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Trace = Annotated[str, typer.Argument(metavar="TRACE", help="a trace file, or 'sample'")]
 FormatName = Annotated[str | None, typer.Option("--format", help="trace format; guessed where unambiguous")]

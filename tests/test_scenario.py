@@ -302,6 +302,13 @@ def test_predictors(path: Path, name: str, tokens: int) -> None:
     assert setup.predictor.predict(next(iter(setup.requests))) == tokens
 
 
+def test_a_system_may_have_a_predictor_of_its_own(path: Path) -> None:
+    """Orca's oracle knows the lengths, unless the scenario says otherwise; vllm has the mean."""
+    orca = ["system.name=orca", "system.reserve=oracle"]
+    names = [resolve(Scenario.load(path, more)).predictor.name for more in ([], orca, [*orca, "predictor=mean"])]
+    assert names == ["mean", "oracle", "mean"]
+
+
 def test_a_variant_keeps_the_engine_settings_it_does_not_state(path: Path) -> None:
     scenario = Scenario.load(
         path,
