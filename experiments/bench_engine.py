@@ -34,6 +34,7 @@ def measure(trace: Path | None, rate_per_s: float, step_by_step: bool) -> dict[s
     from sim.cost import Fitted, Roofline
     from sim.metrics import summarise
     from sim.model import model
+    from sim.record import StepRow
     from traces import TraceSource, read, resample, sample_path, with_rate
 
     rng = np.random.default_rng(0)
@@ -58,7 +59,8 @@ def measure(trace: Path | None, rate_per_s: float, step_by_step: bool) -> dict[s
     result = simulate(problem, system, TraceSource(requests), step_by_step=step_by_step)
     summary = summarise(result, slo=Slo(ttft_s=2.5, tpot_s=0.15), usd_per_hour=problem.cluster.usd_per_hour())
     wall_s = time.perf_counter() - started_s
-    iterations, decode_seqs = np.array([(step.iterations, step.decode_seqs) for step in result.rows.steps]).T
+    steps = dict(zip(StepRow._fields, map(np.array, zip(*result.rows.step_fields, strict=True)), strict=True))
+    iterations, decode_seqs = steps["iterations"], steps["decode_seqs"]
     return {
         "requests": len(requests),
         "completed": summary["completed"],

@@ -114,15 +114,19 @@ class NoteRow(NamedTuple):
 
 @dataclass(kw_only=True)
 class Recorder:
-    """Collects rows while the engine runs; steps and memory, written most, become rows when they are read."""
+    """Collects rows while the engine runs; links, steps and memory, written most, become rows when read."""
 
     requests: list[RequestRow] = field(default_factory=list)
-    links: list[LinkRow] = field(default_factory=list)
+    link_fields: list[tuple[Any, ...]] = field(default_factory=list)
     step_fields: list[tuple[Any, ...]] = field(default_factory=list)
     memory_fields: list[tuple[Any, ...]] = field(default_factory=list)
     replicas: list[ReplicaRow] = field(default_factory=list)
     notes: list[NoteRow] = field(default_factory=list)
     segments: dict[CohortId, Sequence[Segment]] = field(default_factory=dict)
+
+    @property
+    def links(self) -> list[LinkRow]:
+        return list(map(LinkRow._make, self.link_fields))
 
     @property
     def steps(self) -> list[StepRow]:

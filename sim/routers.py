@@ -6,6 +6,9 @@ Ties go to the replica that the plan names first, so equal runs stay equal.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from operator import attrgetter
+
 from sim.policy import RequestView, View
 from sim.types import Reject, Route
 
@@ -45,17 +48,18 @@ class LeastLoadedPair:
     requests assigned (those not there yet included). ``mixed`` replicas can serve either leg."""
 
     def __init__(self) -> None:
-        self._assigned: dict[tuple[str, ...], int] = {}
-        self._place: dict[int, tuple[str, ...]] = {}
+        self._assigned: dict[str, int] = defaultdict(int)
+        self._place: dict[int, str] = {}
 
     def route(self, request: RequestView, view: View) -> Route | Reject:
         prefills, decodes = view.with_role("prefill", "mixed"), view.with_role("decode", "mixed")
         if not prefills or not decodes:
             return Reject(f"no {'prefill' if not prefills else 'decode'} replica is up")
-        prefill = min(prefills, key=lambda replica: replica.pending_prefill_tokens)
-        decode = min(decodes, key=lambda replica: self._assigned.get(replica.leg, 0))
-        self._assigned[decode.leg] = self._assigned.get(decode.leg, 0) + 1
-        self._place[request.id] = decode.leg
+        prefill = min(prefills, key=attrgetter("pending_prefill_tokens"))
+        assigned = self._assigned
+        decode = min(decodes, key=lambda replica: assigned[replica.name])
+        assigned[decode.name] += 1
+        self._place[request.id] = decode.name
         return Route(prefill.leg, decode.leg)
 
     def finished(self, request: RequestView) -> None:

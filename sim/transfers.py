@@ -8,6 +8,9 @@ from __future__ import annotations
 from sim.policy import View
 from sim.types import Chunk, Move
 
+WHOLE = (Chunk(1.0, 1.0),)
+"""One part, ready at the end."""
+
 
 class Whole:
     """All at once, when the prompt is done. ``sync_s`` passes after the last byte."""
@@ -17,7 +20,7 @@ class Whole:
         self.sync_s = sync_s
 
     def chunks(self, move: Move, view: View) -> tuple[Chunk, ...]:
-        return (Chunk(1.0, 1.0),)
+        return WHOLE
 
     def overhead_s(self, move: Move) -> float:
         return self.sync_s
@@ -37,7 +40,7 @@ class LayerByLayer:
     def chunks(self, move: Move, view: View) -> tuple[Chunk, ...]:
         layers = move.num_layers
         if layers == 1:
-            return (Chunk(1.0, 1.0),)
+            return WHOLE
         return Chunk((layers - 1) / layers, 1 / layers), Chunk(1 / layers, 1.0)
 
     def overhead_s(self, move: Move) -> float:

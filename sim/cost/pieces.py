@@ -8,7 +8,7 @@ integer. Between two knots values never fall, and a knot continues the piece bef
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -17,13 +17,9 @@ UNBOUNDED = 1 << 30
 """Iterations of a line whose price never changes its slope."""
 
 
-class Segment(NamedTuple):
-    """A row's price at one place: its value, growth per iteration, and for how many iterations that holds."""
-
-    value_ps: int
-    slope_ps: int
-    iterations: int
-    extrapolated: bool
+Segment = tuple[int, int, int, bool]
+"""A row's price at one place: its value in ps, growth per iteration in ps, for how many iterations that holds, and
+whether it lies outside the measured range."""
 
 
 class Row(NamedTuple):
@@ -47,12 +43,12 @@ class Row(NamedTuple):
         value = values[j] + slopes[j] * (x - knots[j]) // unit
         slope = slopes[j] * (step // unit)
         iterations = UNBOUNDED if j == last else -((x - knots[j + 1]) // step)
-        return Segment(value, slope, iterations, beyond is not None and j >= beyond)
+        return value, slope, iterations, beyond is not None and j >= beyond
 
     def capped(self, x: int) -> Row:
         """The same up to context ``x``, and no more from there on."""
         pieces = [j for j, knot in enumerate(self.knots) if knot < x]
-        values = (*(self.values[j] for j in pieces), self.segment(x, self.unit).value_ps)
+        values = (*(self.values[j] for j in pieces), self.segment(x, self.unit)[0])
         slopes = (*(self.slopes[j] for j in pieces), 0)
         return Row((*(self.knots[j] for j in pieces), x), values, slopes, self.unit)
 
@@ -99,6 +95,10 @@ class Curve(NamedTuple):
         return values[j] + rise * (count - at[j]) // run, False
 
 
+Increment = tuple[float, tuple[float, ...]]
+"""(value at context 0, slope after every knot)."""
+
+
 class Surface(NamedTuple):
     """A table over (count, context) in picoseconds, held as increments that never fall.
 
@@ -106,30 +106,29 @@ class Surface(NamedTuple):
     and ``counts[k]``. Each is (value at context 0, slope after every knot) with all slopes >= 0: the
     sum rises in count and in context, whatever the table held, and meets the table where that did the same.
     Beyond the table it grows by the last increments or ``pair_ps`` per (count x context), whichever is more;
-    ``causal``: the counted tokens attend to one another as well.
+    ``causal``: the counted tokens attend to one another as well. ``sums[k]`` is the price at ``counts[k]``.
     """
 
     counts: tuple[int, ...]
     knots: tuple[int, ...]
-    rows: tuple[tuple[float, tuple[float, ...]], ...]
+    rows: tuple[Increment, ...]
+    sums: tuple[Increment, ...]
     pair_ps: float
     causal: bool
 
-    def at(self, count: int) -> tuple[float, list[float]]:
+    def at(self, count: int) -> Increment:
         """(value at context 0, slopes after every knot) for one count: picoseconds, and picoseconds per context."""
-        value, slopes = self.rows[0][0], list(self.rows[0][1])
-        for k, (low, high) in enumerate(pairwise(self.counts), start=1):
-            if count > low:
-                value, slopes = _add(value, slopes, min(count, high) - low, self.rows[k])
-        if count > self.counts[-1]:
-            value, slopes = _add(value, slopes, count - self.counts[-1], self._growth_beyond(count))
-        return value, slopes
+        k = bisect_left(self.counts, count)
+        if k == 0:
+            return self.sums[0]
+        growth = self.rows[k] if k < len(self.counts) else self._growth_beyond(count)
+        return _add(self.sums[k - 1], count - self.counts[k - 1], growth)
 
     def beyond(self, count: int) -> int:
         """The first piece outside the table, for ``Row.beyond``."""
         return 0 if count > self.counts[-1] else len(self.knots) - 1
 
-    def _growth_beyond(self, count: int) -> tuple[float, tuple[float, ...]]:
+    def _growth_beyond(self, count: int) -> Increment:
         value, slopes = self.rows[-1]
         among_themselves = self.pair_ps * (count + self.counts[-1]) / 2 if self.causal else 0.0
         return max(value, among_themselves), tuple(max(slope, self.pair_ps) for slope in slopes)
@@ -150,18 +149,21 @@ def surface(
     rows = []
     for k, (count, values) in enumerate(zip(counts, table_ps, strict=True)):
         width = count - counts[k - 1] if k else 1
-        row = _rising([(value - floor) / width for value, floor in zip(values, below, strict=True)])
-        slopes = [(b - a) / (y - x) for (x, y), (a, b) in zip(pairwise(contexts), pairwise(row), strict=True)]
+        growth = _rising([(value - floor) / width for value, floor in zip(values, below, strict=True)])
+        slopes = [(b - a) / (y - x) for (x, y), (a, b) in zip(pairwise(contexts), pairwise(growth), strict=True)]
         tail = max(slopes[-1], pair_ps * (1 if k else count))
-        rows.append((row[0], (*slopes, tail)))
-        below = [floor + width * value for floor, value in zip(below, row, strict=True)]
-    return Surface(tuple(counts), (0, *contexts[1:-1], contexts[-1] + 1), tuple(rows), pair_ps, causal)
+        rows.append((growth[0], (*slopes, tail)))
+        below = [floor + width * value for floor, value in zip(below, growth, strict=True)]
+    sums = [rows[0]]
+    for (low, high), row in zip(pairwise(counts), rows[1:], strict=True):
+        sums.append(_add(sums[-1], high - low, row))
+    knots = (0, *contexts[1:-1], contexts[-1] + 1)
+    return Surface(tuple(counts), knots, tuple(rows), tuple(sums), pair_ps, causal)
 
 
-def _add(
-    value: float, slopes: list[float], width: int, row: tuple[float, tuple[float, ...]]
-) -> tuple[float, list[float]]:
-    return value + width * row[0], [slope + width * more for slope, more in zip(slopes, row[1], strict=True)]
+def _add(price: Increment, width: int, growth: Increment) -> Increment:
+    slopes = tuple([slope + width * more for slope, more in zip(price[1], growth[1], strict=True)])
+    return price[0] + width * growth[0], slopes
 
 
 def _rising(values: Sequence[float]) -> list[float]:

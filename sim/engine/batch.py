@@ -90,7 +90,8 @@ class Draft:
     @property
     def num_decodes(self) -> int:
         idle = self.replica.idle
-        return (idle.size if idle is not None else 0) + sum([job.samples for job in self.replica.paused])
+        size = idle.size if idle is not None else 0
+        return size + sum([job.samples for job in self.replica.paused]) if self.replica.paused else size
 
     @property
     def free_blocks(self) -> int:

@@ -119,6 +119,11 @@ class Job:
         """Blocks of the other samples when each has so many tokens."""
         return copied_blocks(tokens, self.input_tokens, self.samples, block_size) if self.samples > 1 else 0
 
+    def blocks_for(self, tokens: int, block_size: int) -> int:
+        """Blocks that hold so many tokens of the job, of each sample if it is a group."""
+        blocks = -(-tokens // block_size)
+        return blocks + self.copies(tokens, block_size) if self.samples > 1 else blocks
+
     @property
     def tokens_left(self) -> int:
         """Output tokens still to be emitted, for a job outside any cohort."""

@@ -15,7 +15,6 @@ from sim.engine.clock import Alarm
 from sim.engine.flight import blocks_to_come
 from sim.engine.job import Job
 from sim.engine.replica import Delivery, Flight, ReplicaState
-from sim.record import LinkRow
 from sim.types import Move, PolicyError, to_ps
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class Moves:
                 f"{policy} sends {job} in parts {parts}; the last must be ready at the end, their shares add up to <= 1"
             )
         path = self._path(replica, target)
-        blocks = target.ledger.blocks(tokens) + job.copies(tokens, target.block_size)
+        blocks = job.blocks_for(tokens, target.ledger.block_size)
         return Delivery(job, job.epoch, move, replica, target, path, blocks, parts)
 
     def _ask_for_room(self, alarm: Alarm) -> None:
@@ -174,8 +173,8 @@ class Moves:
         del self.under_way[job]
         job.transfer_ps += now_ps - job.kv_ready_ps
         job.bytes_moved += round(delivery.sent_bytes)
-        self._engine.rows.links.append(
-            LinkRow(job.id, source.name, target.name, round(delivery.sent_bytes), delivery.started_ps, now_ps)
+        self._engine.rows.link_fields.append(
+            (job.id, source.name, target.name, round(delivery.sent_bytes), delivery.started_ps, now_ps)
         )
         source.settle()
         del source.departing[job]

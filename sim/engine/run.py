@@ -191,8 +191,7 @@ class Engine:
             return f"{total} tokens exceed the model's context of {self.longest_tokens:.0f}"
         for replica, tokens in ((prefill, job.input_tokens), (decode, total - 1)):
             if replica is decode or prefill is not decode:
-                blocks = replica.ledger.blocks(tokens) + job.copies(tokens, replica.block_size)
-                if blocks > replica.ledger.total:
+                if job.blocks_for(tokens, replica.ledger.block_size) > replica.ledger.total:
                     capacity = replica.ledger.total * replica.block_size
                     return f"{tokens} tokens exceed the {capacity} that the KV cache of {replica.name} holds"
                 reason = replica.batcher.refuse(job, tokens, replica.ledger.total, replica.limits)
