@@ -36,6 +36,7 @@ lengths occur, and under Orca it matters: while one of eight micro-batches holds
 as long as a decode step, the other seven queue up behind it. With whole thousands requests end together, so prompts
 start together and the pipeline stays even; with all lengths they spread, and stages idle for two thirds of the time.
 Both are shown. The bubble of a request is ours by the idle time of all stages over the requests; theirs is a median.
+That definition, and the reading with whole thousands, were settled after the first results had been seen.
 Regenerate with `python -m experiments.study_sarathi --out docs`.
 """
 TILE = 128

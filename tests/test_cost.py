@@ -21,7 +21,7 @@ from sim.cost import (
     collective_seconds,
     seconds,
 )
-from sim.cost.pieces import steeper
+from sim.cost.pieces import steeper, surface
 from sim.cost.step import Composed
 from sim.model import ModelSpec, model
 from sim.types import ConfigError, Line, Stage, Work
@@ -310,6 +310,16 @@ def test_the_steeper_of_two_lines_is_their_maximum(first: tuple[int, int], secon
     row = steeper(first, second)
     for x in range(62):
         assert row.segment(x, 1)[0] == max(value + slope * x for value, slope in (first, second))
+
+
+def test_a_surface_goes_through_its_table_and_straight_between_the_counts() -> None:
+    table = [[10.0, 20.0], [30.0, 50.0], [70.0, 130.0]]  # at contexts 0 and 10, by count
+    through = surface((1, 3, 7), (0, 10), table, pair_ps=0.0, causal=False)
+    for count, (start, end) in zip((1, 3, 7), table, strict=True):
+        assert through.at(count) == (start, ((end - start) / 10, (end - start) / 10))
+    assert through.at(2) == (20.0, (1.5, 1.5))
+    assert through.at(5) == (50.0, (4.0, 4.0))
+    assert through.at(9) == (90.0, (8.0, 8.0)), "beyond the table it grows as in its last part"
 
 
 def test_a_chunk_of_one_token_attends_like_a_decode() -> None:

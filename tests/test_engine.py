@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -392,3 +394,20 @@ def test_an_empty_stream_is_an_empty_result() -> None:
     result = simulate(problem(), system(TokenBudget), Requests([]), plan=Plan(replicas=(replica("a", ["n0.g0"]),)))
     assert (result.rows.requests, result.makespan_s, result.iterations) == ([], 0.0, 0)
     assert result.itl_s().size == 0
+
+
+def test_a_run_is_freed_with_its_result_and_leaves_nothing_to_the_garbage_collector() -> None:
+    batchers: list[weakref.ref[TokenBudget]] = []
+
+    def batcher() -> TokenBudget:
+        made = TokenBudget()
+        batchers.append(weakref.ref(made))
+        return made
+
+    gc.disable()
+    try:
+        result = run(system(batcher), [request(n, n * 0.01) for n in range(5)], plan=SPLIT)
+        assert len(result.rows.requests) == 5
+        assert [alive() for alive in batchers] == [None, None]
+    finally:
+        gc.enable()
