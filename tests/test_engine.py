@@ -171,7 +171,7 @@ def test_a_pipeline_is_under_the_law_whenever_requests_arrive(
 
 def test_an_m_d_1_queue() -> None:
     """Constant service, one at a time: every wait equals Lindley's recursion, their mean rho S / 2 (1 - rho)."""
-    service_s, load, count = 0.011, 0.5, 60_000
+    service_s, load, count = 0.011, 0.5, 24_000
     gaps = np.random.default_rng(1).exponential(service_s / load, count)
     arrivals = np.cumsum(gaps)
     requests = [request(number, float(at), output_tokens=1) for number, at in enumerate(arrivals)]
@@ -406,7 +406,7 @@ def test_a_run_is_freed_with_its_result_and_leaves_nothing_to_the_garbage_collec
 
     gc.disable()
     try:
-        result = run(system(batcher), [request(n, n * 0.01) for n in range(5)], plan=SPLIT)
+        result = run(system(batcher), [request(n, n * 0.01) for n in range(5)], problem(cluster(2, 2)), plan=SPLIT)
         assert len(result.rows.requests) == 5
         assert [alive() for alive in batchers] == [None, None]
     finally:

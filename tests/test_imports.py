@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,26 +33,31 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imported(path: Path) -> tuple[tuple[str, bool], ...]:
     """(full name of what is imported, whether at import time) for every import, wherever it stands."""
-    tree = ast.parse(path.read_text())
-    lazy = {
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _type_checking(node)
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+    return tuple(_imports(path, tree_of(path), early=True))
+
+
+def _imports(path: Path, parent: ast.AST, early: bool) -> Iterator[tuple[str, bool]]:
+    for node in ast.iter_child_nodes(parent):
+        late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _type_checking(node)
+        yield from _imports(path, node, early and not late)
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node not in lazy) for alias in node.names)
+            yield from ((alias.name, early) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 package = name_of(path).split(".")
                 package = package if path.name == "__init__.py" else package[:-1]
                 base = ".".join(package[: len(package) - node.level + 1] + ([base] if base else []))
-            yield base, node not in lazy
-            yield from ((f"{base}.{alias.name}", node not in lazy) for alias in node.names)
+            yield base, early
+            yield from ((f"{base}.{alias.name}", early) for alias in node.names)
 
 
 def _type_checking(node: ast.AST) -> bool:
@@ -127,7 +133,7 @@ def test_nothing_unpickles(library: str) -> None:
 
 def test_nothing_evaluates_text() -> None:
     for path in MODULES:
-        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
         names = {call.id for call in calls if isinstance(call, ast.Name)}
         assert not names & {"eval", "exec"}, name_of(path)
 

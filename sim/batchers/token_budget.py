@@ -49,7 +49,8 @@ class TokenBudget:
             late = batch.decoding[budget:] if decodes > budget else ()
             budget -= decodes - len(late)
             batch.decode(leave_out=late)
-        budget = self._continue_prompts(batch, budget)
+        if batch.prefilling:
+            budget = self._continue_prompts(batch, budget)
         if not batch.preempted:
             self._admit(batch, budget)
 
