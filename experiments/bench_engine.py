@@ -59,8 +59,8 @@ def measure(trace: Path | None, rate_per_s: float, step_by_step: bool) -> dict[s
     result = simulate(problem, system, TraceSource(requests), step_by_step=step_by_step)
     summary = summarise(result, slo=Slo(ttft_s=2.5, tpot_s=0.15), usd_per_hour=problem.cluster.usd_per_hour())
     wall_s = time.perf_counter() - started_s
-    steps = dict(zip(StepRow._fields, map(np.array, zip(*result.rows.step_fields, strict=True)), strict=True))
-    iterations, decode_seqs = steps["iterations"], steps["decode_seqs"]
+    steps = dict(zip(StepRow._fields, zip(*result.rows.step_fields, strict=True), strict=True))
+    iterations, decode_seqs = np.array(steps["iterations"]), np.array(steps["decode_seqs"])
     return {
         "requests": len(requests),
         "completed": summary["completed"],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sim import ClusterEvent
+from sim import ClusterEvent, ConfigError
 from sim.record import REQUEST_COLUMNS
 from tests.lab import ONE, SPLIT, TWO, Way, system
 from tests.toys import MS, cluster, problem, request, run
@@ -98,3 +99,18 @@ def test_busy_time_is_what_the_steps_took() -> None:
     steps_s = sum(step.end_ps - step.start_ps for step in result.rows.steps) / 1e12
     assert result.rows.replicas[0].busy_s == pytest.approx(steps_s)
     assert sum(step.end_ps - step.start_ps for step in result.rows.steps[:2]) < 200 * MS
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arrival_s": -1.0}, r"request 7: arrival_s is -1\.0; it must be a number >= 0"),
+        ({"arrival_s": float("nan")}, "request 7: arrival_s is nan"),
+        ({"input_tokens": 0}, "request 7: input_tokens 0 and output_tokens 10 must both be >= 1"),
+        ({"output_tokens": 0}, "request 7: input_tokens 100 and output_tokens 0 must both be >= 1"),
+        ({"prefix": (1, 2)}, "request 7: prefix hashes need prefix_block_tokens"),
+    ],
+)
+def test_a_request_is_checked_where_it_is_made(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        request(7, **wrong)
