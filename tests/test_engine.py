@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim import Cluster, ClusterEvent, ConfigError, Limits, Plan, PolicyError, Request, SimulationError, simulate
+from sim import Cluster, ClusterEvent, Limits, Plan, PolicyError, Request, SimulationError, simulate
 from sim.batchers import PrefillFirst, TokenBudget
 from sim.policy import RequestView, View
 from sim.predictors import ConstantLength, TrueLength
-from sim.types import Line, Reject, Replica, Route, Stage, Work
+from sim.types import Line, Reject, Route, Stage, Work
 from tests.lab import ONE, PIPELINE, SPLIT, TWO, Way, system
 from tests.toys import MS, TINY, Requests, ToyCost, cluster, problem, replica, request, run
 
@@ -345,38 +345,6 @@ def test_a_routers_refusal_is_a_rejection() -> None:
 def test_a_view_names_who_is_up() -> None:
     with pytest.raises(PolicyError, match="asks for replica 'z'; up are a, b"):
         run(system(router=lambda: Way("z", "a")), [request(0)], problem(cluster(1, 2)), plan=TWO)
-
-
-def _stage(name: str, gpus: tuple[str, ...] = ("n0.g0",), first: int = 0, end: int = 2) -> Stage:
-    return Stage(name=name, gpus=gpus, first_layer=first, end_layer=end)
-
-
-def _plan(*replicas: tuple[str, tuple[Stage, ...]]) -> Plan:
-    return Plan(replicas=tuple(Replica(name=name, stages=stages) for name, stages in replicas))
-
-
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        (Plan(replicas=()), "it has no replicas"),
-        (_plan(("a", (_stage("s"),)), ("b", (_stage("s", ("n0.g1",)),))), "stage 's' occurs twice"),
-        (_plan(("a", (_stage("b"),)), ("b", (_stage("b", ("n0.g1",)),))), "stage 'b' occurs twice"),
-        (_plan(("a", (_stage("s", end=1), _stage("s", ("n0.g1",), 1)))), "stage 's' occurs twice"),
-        (_plan(("a", (_stage("s"),)), ("a", (_stage("t", ("n0.g1",)),))), "replica 'a' occurs twice"),
-        (_plan(("a", (_stage("s", first=1),))), "holds layers 1 to 2; it must start at 0"),
-        (_plan(("a", (_stage("s", end=1),))), "holds 1 layers; tiny has 2"),
-        (_plan(("a", (_stage("s", ("n7.g0",)),))), "GPU 'n7.g0', which the cluster does not have"),
-        (_plan(("a", (_stage("s"),)), ("b", (_stage("t"),))), "GPU n0.g0 is used by a and by b"),
-    ],
-)
-def test_an_impossible_plan_is_a_config_error(plan: Plan, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run(system(), [request(0)], plan=plan)
-
-
-def test_a_model_that_does_not_fit_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r"tiny does not fit on stage a.0 \(1 x A100-80G-SXM\): .* GB a GPU"):
-        run(system(gpu_memory_utilization=0.01), [request(0)], plan=ONE)
 
 
 def test_the_planner_is_asked_when_no_plan_is_given() -> None:

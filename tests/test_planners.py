@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim import Cluster, ConfigError, Limits, Problem
+from sim import Cluster, ConfigError, Limits, Plan, Problem
 from sim.engine.setup import check_plan
 from sim.model import model
 from sim.planners.pools import Colocated, Pool, Split
 from sim.systems.layout import layout
-from tests.toys import problem
+from sim.types import Replica, Stage
+from tests.lab import ONE, system
+from tests.toys import problem, request, run
 
 MIXED = Cluster.of(
     [
@@ -150,3 +152,38 @@ def test_whatever_is_planned_is_possible(tp: int | None, pp: int, replicas: int,
         assert len(replica.stages) == pp
         assert len({where.cluster.gpu(gpu).name for gpu in replica.gpus}) == 1
         assert all(len({gpu.split(".")[0] for gpu in stage.gpus}) == 1 for stage in replica.stages)
+
+
+# ------------------------------------------------------------ what no plan may say
+
+
+def _stage(name: str, gpus: tuple[str, ...] = ("n0.g0",), first: int = 0, end: int = 2) -> Stage:
+    return Stage(name=name, gpus=gpus, first_layer=first, end_layer=end)
+
+
+def _plan(*replicas: tuple[str, tuple[Stage, ...]]) -> Plan:
+    return Plan(replicas=tuple(Replica(name=name, stages=stages) for name, stages in replicas))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan(replicas=()), "it has no replicas"),
+        (_plan(("a", (_stage("s"),)), ("b", (_stage("s", ("n0.g1",)),))), "stage 's' occurs twice"),
+        (_plan(("a", (_stage("b"),)), ("b", (_stage("b", ("n0.g1",)),))), "stage 'b' occurs twice"),
+        (_plan(("a", (_stage("s", end=1), _stage("s", ("n0.g1",), 1)))), "stage 's' occurs twice"),
+        (_plan(("a", (_stage("s"),)), ("a", (_stage("t", ("n0.g1",)),))), "replica 'a' occurs twice"),
+        (_plan(("a", (_stage("s", first=1),))), "holds layers 1 to 2; it must start at 0"),
+        (_plan(("a", (_stage("s", end=1),))), "holds 1 layers; tiny has 2"),
+        (_plan(("a", (_stage("s", ("n7.g0",)),))), "GPU 'n7.g0', which the cluster does not have"),
+        (_plan(("a", (_stage("s"),)), ("b", (_stage("t"),))), "GPU n0.g0 is used by a and by b"),
+    ],
+)
+def test_an_impossible_plan_is_a_config_error(plan: Plan, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(system(), [request(0)], plan=plan)
+
+
+def test_a_model_that_does_not_fit_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"tiny does not fit on stage a.0 \(1 x A100-80G-SXM\): .* GB a GPU"):
+        run(system(gpu_memory_utilization=0.01), [request(0)], plan=ONE)
