@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
+from functools import cache
 
 from sim.policy import Limits, Problem
 from sim.types import SimulationError, Stage
@@ -49,14 +50,39 @@ def kv_blocks(problem: Problem, stages: tuple[Stage, ...], limits: Limits) -> in
     return max(0, min(blocks))
 
 
-def copied_blocks(tokens: int, input_tokens: int, samples: int, block_size: int) -> int:
+def copied_blocks(
+    tokens: int, input_tokens: int, samples: int, block_size: int, tail_blocks: int | None = None
+) -> int:
     """Blocks of a group of samples beyond those of its first one, when each has ``tokens`` in the KV cache.
 
     All share the full blocks of the prompt; a partial last one is copied for each (vLLM, SOSP 2023, section 4.4). The
-    copies are counted from the beginning, since a group is admitted with them.
+    copies are counted from the beginning, since a group is admitted with them. Beams differ in their last
+    ``tail_blocks`` only; None: in all that follows the prompt.
     """
-    last = max(tokens, input_tokens)
-    return (samples - 1) * (-(-last // block_size) - input_tokens // block_size)
+    own = -(-max(tokens, input_tokens) // block_size) - input_tokens // block_size
+    return (samples - 1) * (own if tail_blocks is None else min(own, tail_blocks))
+
+
+@cache
+def beam_tail_blocks(beams: int, block_size: int) -> int:
+    """Blocks at the end of a beam search in which its beams differ.
+
+    Which beam each one continues depends on what is said, which a trace does not tell. If every beam is as likely as
+    another, the mean of what they do not share follows from how fast their lines of descent meet (Wright, 1931).
+    """
+    if beams == 1:
+        return 1
+    meet = [[0.0] * (beams + 1) for _ in range(beams + 1)]  # [lines][distinct ones a token earlier]: probability
+    meet[0][0] = 1.0
+    for lines in range(1, beams + 1):
+        for distinct in range(1, lines + 1):
+            new = meet[lines - 1][distinct - 1] * (beams - distinct + 1)
+            meet[lines][distinct] = (new + meet[lines - 1][distinct] * distinct) / beams
+    apart = [0.0] * (beams + 1)  # tokens beyond one line's, in the mean, of so many lines
+    for lines in range(2, beams + 1):
+        earlier = sum(meet[lines][distinct] * apart[distinct] for distinct in range(2, lines))
+        apart[lines] = (lines - 1 + earlier) / (1 - meet[lines][lines])
+    return 1 + round((apart[beams] / (beams - 1) - 1) / block_size)
 
 
 def beam_blocks(input_tokens: int, parents: Sequence[Sequence[int]], block_size: int) -> int:

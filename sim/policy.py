@@ -105,6 +105,8 @@ class RequestView(Protocol):
     def samples(self) -> int: ...
     @property
     def preemptions(self) -> int: ...
+    def blocks_for(self, tokens: int, block_size: int) -> int:
+        """KV blocks when so many tokens are stored, of each sample if there are several."""
 
 
 class ReplicaView(Protocol):

@@ -64,6 +64,8 @@ class Request:
     klass: str | None = None
     samples: int = 1
     """Outputs sampled in parallel from one prompt, each of ``output_tokens``; they share the prompt's KV."""
+    beam_search: bool = False
+    """The samples are the beams of one search: they share all but their last blocks (``memory.beam_tail_blocks``)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.arrival_s < inf:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from sim import PolicyError
 from sim.batchers import PausingMixed, PrefillFirst, StallFree, TokenBudget, refuse_if_full
 from sim.batchers.common import admit_prompts
+from sim.engine.job import Job
 from sim.policy import Batch, Limits, RequestView
 from tests.lab import ONE, SPLIT, Way, spied, system
 from tests.toys import MS, cluster, problem, request, run
@@ -39,7 +39,7 @@ def test_whole_prompts_wait_for_budget_without_chunking() -> None:
 
 def test_without_chunking_what_might_not_fit_one_budget_is_refused() -> None:
     policy = TokenBudget(chunked_prefill=False)
-    view: Any = SimpleNamespace(input_tokens=10, samples=1)
+    view: Any = Job(request(0, input_tokens=10), 1)
     reason = policy.refuse(view, 101, 1000, Limits(max_num_batched_tokens=100))
     assert reason == "101 tokens (all may have to be recomputed at once) exceed max_num_batched_tokens 100"
     assert policy.refuse(view, 100, 1000, Limits(max_num_batched_tokens=100)) is None
@@ -155,7 +155,7 @@ def test_one_long_prompt_may_run_alone() -> None:
 
 @pytest.mark.parametrize("policy", [PrefillFirst(), StallFree(), TokenBudget(), PausingMixed()])
 def test_a_request_that_fits_not_even_alone_is_refused(policy: Any) -> None:
-    view: Any = SimpleNamespace(input_tokens=10, samples=1)
+    view: Any = Job(request(0, input_tokens=10), 1)
     assert "tokens need 11 KV blocks" in policy.refuse(view, 161, 10, Limits())
     assert policy.refuse(view, 144, 10, Limits()) is None
     assert refuse_if_full(160, 10, 1, Limits()) == "160 tokens need 10 KV blocks and 1 are kept free; there are 10"

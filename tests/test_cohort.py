@@ -48,7 +48,7 @@ def test_members_with_spare_blocks_do_not_grow_until_those_are_full() -> None:
     assert cohort.growth(8) == 0
     assert cohort.iterations_to_change() == 8
     cohort.advance(8)
-    cohort.end_reserves()
+    cohort.turn()
     assert (cohort.growth(1), cohort.growth(4), cohort.growth(5)) == (1, 1, 2)
 
 
@@ -106,7 +106,7 @@ def both(lengths: list[tuple[int, int]]) -> tuple[Cohort, list[Naive]]:
 def test_growth_step_by_step_is_what_counting_gives(lengths: list[tuple[int, int]], steps: int) -> None:
     cohort, naive = both(lengths)
     for _ in range(steps):
-        cohort.end_reserves()
+        cohort.turn()
         assert cohort.context == sum(member.kv + 1 for member in naive)
         assert cohort.growth(1) == sum(member.step() for member in naive)
         cohort.advance(1)

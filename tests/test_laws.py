@@ -100,7 +100,7 @@ def test_every_system_is_under_the_law() -> None:
 
 @st.composite
 def traffic(draw: st.DrawFn) -> list[Request]:
-    """Bursts on a coarse grid (ties), short and long prompts, some with shared prefixes, some of several samples."""
+    """Bursts on a coarse grid (ties), short and long prompts, some with shared prefixes, some of several samples or beams."""
     count = draw(st.integers(1, 40))
     gap = draw(st.sampled_from([0.0, 0.0037, 0.01, 0.05, 0.3]))
     arrival, requests = 0.0, []
@@ -113,7 +113,7 @@ def traffic(draw: st.DrawFn) -> list[Request]:
             Request(
                 id=number, arrival_s=arrival, input_tokens=tokens, output_tokens=draw(st.integers(1, 120)),
                 prefix=blocks, prefix_block_tokens=16 if blocks else None, priority=draw(st.integers(0, 2)),
-                samples=draw(st.sampled_from([1, 1, 1, 1, 3])),
+                samples=draw(st.sampled_from([1, 1, 1, 1, 3])), beam_search=draw(st.booleans()),
             )
         )  # fmt: skip
     return requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from sim import SYSTEMS, ClusterEvent, ConfigError, Plan, Request, Result
 from sim.batchers import MixedPrompts
-from sim.memory import beam_blocks, copied_blocks, sharing_saving
+from sim.memory import beam_blocks, beam_tail_blocks, copied_blocks, sharing_saving
 from sim.model import model
 from tests.lab import ONE, SPLIT, Fill, Way, spied, system
 from tests.test_systems_vllm import traffic
@@ -276,6 +277,32 @@ def test_beams_hold_no_more_than_parallel_samples_and_no_less_than_one(
     parents = [[rng.randrange(width) for _ in range(width)] for _ in range(steps)]
     one, blocks = -(-(input_tokens + steps) // 16), beam_blocks(input_tokens, parents, 16)
     assert one <= blocks <= one + copied_blocks(input_tokens + steps, input_tokens, width, 16)
+
+
+@pytest.mark.parametrize(("beams", "size"), [(2, 16), (4, 16), (6, 16), (8, 16), (6, 2), (4, 1)])
+def test_the_beams_of_the_engine_hold_what_beams_of_random_descent_hold_in_the_mean(beams: int, size: int) -> None:
+    rng = np.random.default_rng(0)
+    steps = [120 + n for n in range(40)]
+    drawn = [beam_blocks(100, rng.integers(0, beams, (count, beams)).tolist(), size) for count in steps]
+    more = np.mean([blocks - -(-(100 + count) // size) for blocks, count in zip(drawn, steps, strict=True)])
+    assert copied_blocks(260, 100, beams, size, beam_tail_blocks(beams, size)) == pytest.approx(more, rel=0.2, abs=0.5)
+
+
+def test_beams_differ_in_their_last_block_only() -> None:
+    """40 tokens, 3 beams: 2 shared blocks and 3 own; at 48 tokens one more is shared, and each begins another."""
+    search = request(0, input_tokens=40, output_tokens=12, samples=3, beam_search=True)
+    result = run(paper(), [search], plan=ONE, step_by_step=True)
+    used = [row.used_blocks for row in result.rows.memory]
+    assert (used[0], used[-1]) == (2 + 3, 3 + 3)
+    independent = run(paper(), [replace(search, beam_search=False)], plan=ONE, step_by_step=True)
+    assert independent.rows.memory[-1].used_blocks == 2 + 3 + 3
+    assert result.rows.requests[0].finish_ps == independent.rows.requests[0].finish_ps  # as many sequences to compute
+
+
+def test_a_long_beam_search_fits_where_as_many_samples_do_not() -> None:
+    search = request(0, input_tokens=16, output_tokens=200, samples=4, beam_search=True)
+    assert run(paper(num_kv_blocks=20), [search]).rows.requests[0].outcome == "completed"
+    assert run(paper(num_kv_blocks=20), [replace(search, beam_search=False)]).rows.requests[0].outcome == "rejected"
 
 
 def saving(kind: str, input_tokens: int, output_tokens: int, width: int) -> float:

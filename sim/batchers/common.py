@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from sim.memory import copied_blocks
 from sim.policy import Batch, Limits, RequestView
 
 DEFAULT_LONGEST_TOKENS = 2048
@@ -107,9 +106,8 @@ def refuse_if_full(
 
     Given the request, the blocks of all its samples count.
     """
-    need = -(-total_tokens // limits.block_size)
-    if request is not None:
-        need += copied_blocks(total_tokens, request.input_tokens, request.samples, limits.block_size)
+    size = limits.block_size
+    need = -(-total_tokens // size) if request is None else request.blocks_for(total_tokens, size)
     if need + keep_blocks > total_blocks:
         return f"{total_tokens} tokens need {need} KV blocks and {keep_blocks} are kept free; there are {total_blocks}"
     return None

@@ -32,8 +32,8 @@ class Draft:
         self.preempted = 0
         self.swap_blocks = 0
         self.most_iterations: int | None = None
-        if replica.idle is not None and replica.idle.reserves:
-            replica.idle.end_reserves()
+        if replica.idle is not None and replica.idle.turns:
+            replica.idle.turn()
 
     # ------------------------------------------------------------ reads
 
@@ -293,10 +293,10 @@ class Draft:
 
     def _growth(self, job: Job) -> int:
         """Blocks the job needs to append one token."""
-        held = job.held_blocks if job.cohort is None or job.reserved else 0
-        kv = job.kv_tokens
-        more = kv % self.replica.ledger.block_size == 0 and held * self.replica.ledger.block_size <= kv
-        return job.samples if more else 0
+        kv, size = job.kv_tokens, self.replica.ledger.block_size
+        if kv % size:
+            return 0
+        return job.growth(kv, size)[0] if job.cohort is None else job.grows
 
     def _away(self, job: Job) -> bool:
         """The job is inside another micro-batch in flight."""

@@ -18,7 +18,7 @@ from sim.record import CohortId, Segment
 class Cohort:
     """``it`` counts the iterations this cohort has completed since it was made."""
 
-    __slots__ = ("_bases", "_finishing", "_order", "block_size", "context", "id", "it", "log", "reserves", "size")
+    __slots__ = ("_bases", "_finishing", "_order", "block_size", "context", "id", "it", "log", "size", "turns")
 
     def __init__(self, name: CohortId, block_size: int) -> None:
         self.id = name
@@ -28,7 +28,7 @@ class Cohort:
         self.context = 0  # sum over sequences of KV tokens + 1: what attention reads, the new token included
         self._bases = [0] * block_size  # sequences that grow, by base modulo the block size
         self._finishing: list[tuple[int, int, Job]] = []
-        self.reserves: list[tuple[int, int, Job]] = []  # when a member outgrows the blocks it reserved
+        self.turns: list[tuple[int, int, Job]] = []  # when a member's growth changes
         self._order = 0
         self.log: list[Segment] = []
 
@@ -44,12 +44,7 @@ class Cohort:
         self.context += (kv + 1) * job.samples
         self._order += 1
         job.seat = self._order
-        spare = job.held_blocks * self.block_size - kv
-        job.reserved = spare >= self.block_size
-        if job.reserved:
-            heappush(self.reserves, (self.it + spare, job.seat, job))
-        else:
-            self._bases[job.base % self.block_size] += job.samples
+        self._grow(job, kv)
         heappush(self._finishing, (self.it + job.tokens_left, self._order, job))
 
     def leave(self, job: Job) -> None:
@@ -61,8 +56,8 @@ class Cohort:
         job.computed_tokens = job.target_tokens = job.base + self.it
         self.size -= job.samples
         self.context -= (job.computed_tokens + 1) * job.samples
-        if not job.reserved:
-            self._bases[job.base % self.block_size] -= job.samples
+        if job.grows:
+            self._bases[job.base % self.block_size] -= job.grows
             job.blocks = -(-job.computed_tokens // self.block_size) - len(job.shared)
             job.copied_blocks = job.copies(job.computed_tokens, self.block_size)
         job.cohort = None
@@ -91,11 +86,11 @@ class Cohort:
     # ------------------------------------------------------------ progress
 
     def iterations_to_change(self) -> int:
-        """Iterations until a member finishes or outgrows its reservation (the cohort must not be empty)."""
+        """Iterations until a member finishes or grows otherwise (the cohort must not be empty)."""
         change = self._next(self._finishing)
         assert change is not None
-        if self.reserves:
-            change = min(change, self._next(self.reserves) or change)
+        if self.turns:
+            change = min(change, self._next(self.turns) or change)
         return change - self.it
 
     def _next(self, queue: list[tuple[int, int, Job]]) -> int | None:
@@ -106,12 +101,18 @@ class Cohort:
             heappop(queue)
         return None
 
-    def end_reserves(self) -> None:
-        """Members whose reservation is used up grow block by block from now on."""
-        while self.reserves and self._next(self.reserves) == self.it:
-            _, _, job = heappop(self.reserves)
-            job.reserved = False
-            self._bases[job.base % self.block_size] += job.samples
+    def turn(self) -> None:
+        """Members whose reservation is used up, or whose beams differ in no more blocks, grow otherwise from now on."""
+        while self.turns and self._next(self.turns) == self.it:
+            _, _, job = heappop(self.turns)
+            self._bases[job.base % self.block_size] -= job.grows
+            self._grow(job, job.base + self.it)
+
+    def _grow(self, job: Job, kv: int) -> None:
+        job.grows, until = job.growth(kv, self.block_size)
+        self._bases[job.base % self.block_size] += job.grows
+        if until is not None:
+            heappush(self.turns, (self.it + until - kv, job.seat, job))
 
     def growth(self, iterations: int, skip: int = 0) -> int:
         """Blocks that ``iterations`` iterations take, after skipping the next ``skip`` ones."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
-from sim.memory import copied_blocks
+from sim.memory import beam_tail_blocks, copied_blocks
 from sim.record import CohortId
 from sim.types import Request, Route, to_ps
 
@@ -35,6 +35,7 @@ class Job:
         "first_scheduled_ps",
         "first_token_ps",
         "generated_tokens",
+        "grows",
         "hashes",
         "id",
         "in_flight",
@@ -49,7 +50,6 @@ class Job:
         "priority",
         "published",
         "request",
-        "reserved",
         "route",
         "samples",
         "seat",
@@ -83,7 +83,7 @@ class Job:
         self.copied_blocks = 0  # and those of a group's other samples
         self.shared: list[Hashable] = []
         self.published = 0  # hashes[:published] have been looked at for publishing
-        self.reserved = False  # blocks for the whole life were taken at admission: no growth
+        self.grows = 0  # blocks it takes when it begins a new one, while in a cohort
         self.cohort: Cohort | None = None
         self.base = 0
         self.join_it = 0
@@ -117,12 +117,28 @@ class Job:
 
     def copies(self, tokens: int, block_size: int) -> int:
         """Blocks of the other samples when each has so many tokens."""
-        return copied_blocks(tokens, self.input_tokens, self.samples, block_size) if self.samples > 1 else 0
+        if self.samples == 1:
+            return 0
+        tail_blocks = beam_tail_blocks(self.samples, block_size) if self.request.beam_search else None
+        return copied_blocks(tokens, self.input_tokens, self.samples, block_size, tail_blocks)
 
     def blocks_for(self, tokens: int, block_size: int) -> int:
         """Blocks that hold so many tokens of the job, of each sample if it is a group."""
         blocks = -(-tokens // block_size)
         return blocks + self.copies(tokens, block_size) if self.samples > 1 else blocks
+
+    def growth(self, tokens: int, block_size: int) -> tuple[int, int | None]:
+        """Blocks it takes at its next block boundary after so many tokens, and the tokens at which that changes."""
+        spare = self.held_blocks * block_size - tokens
+        if spare >= block_size:  # they were reserved
+            return 0, tokens + spare
+        if self.samples == 1:
+            return 1, None
+        start = -(-tokens // block_size) * block_size
+        if not self.request.beam_search:
+            return self.samples, None
+        full = (self.input_tokens // block_size + beam_tail_blocks(self.samples, block_size)) * block_size
+        return (1, None) if start >= full else (self.samples, full)
 
     @property
     def tokens_left(self) -> int:
@@ -141,7 +157,6 @@ class Job:
         self.computed_tokens = 0
         self.target_tokens = self.input_tokens + self.generated_tokens
         self.published = 0
-        self.reserved = False
         self.cohort = None
         self.in_flight = False
 
