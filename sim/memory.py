@@ -50,9 +50,7 @@ def kv_blocks(problem: Problem, stages: tuple[Stage, ...], limits: Limits) -> in
     return max(0, min(blocks))
 
 
-def copied_blocks(
-    tokens: int, input_tokens: int, samples: int, block_size: int, tail_blocks: int | None = None
-) -> int:
+def copied_blocks(tokens: int, input_tokens: int, samples: int, block_size: int, tail_blocks: int | None = None) -> int:
     """Blocks of a group of samples beyond those of its first one, when each has ``tokens`` in the KV cache.
 
     All share the full blocks of the prompt; a partial last one is copied for each (vLLM, SOSP 2023, section 4.4). The

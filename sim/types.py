@@ -57,7 +57,8 @@ class Request:
     output_tokens: int
     session: str | None = None
     prefix: tuple[int, ...] = ()
-    """Content hashes of the prompt's leading full blocks, each of ``prefix_block_tokens`` tokens."""
+    """Content hashes of the leading full blocks of the prompt, and as far as they are known of the answer after it,
+    each of ``prefix_block_tokens`` tokens. A prefix cache can share them; whoever asks next may begin with both."""
     prefix_block_tokens: int | None = None
     priority: int = 0
     """Lower is served first, by schedulers that look at it."""

@@ -188,10 +188,10 @@ def test_block_hashes_of_equal_larger_and_smaller_trace_blocks() -> None:
     assert block_hashes(request(0), 16) == ()
 
 
-def test_block_hashes_cover_full_blocks_of_the_prompt_only() -> None:
+def test_block_hashes_cover_full_blocks_of_prompt_and_answer_only() -> None:
     """A trace's last block may be partly filled (Mooncake: 512 tokens a block)."""
     prompt = request(0, input_tokens=600, prefix=(1, 2), prefix_block_tokens=512)
-    assert len(block_hashes(prompt, 16)) == 600 // 16
+    assert len(block_hashes(prompt, 16)) == (600 + 10) // 16
     assert block_hashes(prompt, 1024) == ()
 
 

@@ -108,10 +108,12 @@ def traffic(draw: st.DrawFn) -> list[Request]:
         arrival = round(arrival + gap * draw(st.integers(0, 3)), 3)
         tokens = draw(st.integers(1, 250))
         shared = draw(st.integers(0, 3))
-        blocks = tuple((shared, block).__hash__() for block in range(tokens // 16)) if shared else ()
+        answer = draw(st.integers(1, 120))
+        known = (tokens + (answer if draw(st.booleans()) else 0)) // 16
+        blocks = tuple((shared, block).__hash__() for block in range(known)) if shared else ()
         requests.append(
             Request(
-                id=number, arrival_s=arrival, input_tokens=tokens, output_tokens=draw(st.integers(1, 120)),
+                id=number, arrival_s=arrival, input_tokens=tokens, output_tokens=answer,
                 prefix=blocks, prefix_block_tokens=16 if blocks else None, priority=draw(st.integers(0, 2)),
                 samples=draw(st.sampled_from([1, 1, 1, 1, 3])), beam_search=draw(st.booleans()),
             )

@@ -95,13 +95,13 @@ def test_a_conversation_grows_by_its_prompts_and_answers():
     (third,) = source.next(20.0, second)
     assert [(r.id, r.arrival_s, r.input_tokens) for r in (second, third)] == [(2, 11.0, 50), (3, 21.0, 76)]
     assert list(source.next(30.0, third)) == []
-    assert [len(r.prefix) for r in (first, second, third)] == [2, 3, 4]
+    assert [len(r.prefix) for r in (first, second, third)] == [2, 3, 4]  # prompts and answers of 40, 56, 77 tokens
     assert third.prefix[:3] == second.prefix
     assert second.prefix[:2] == first.prefix
 
 
 def test_conversations_share_no_blocks_and_single_requests_have_none():
-    source = Sessions([turn(0, "a", 64, 1), turn(1, "b", 64, 1), turn(2, None, 64, 1), turn(3, "c", 15, 1)])
+    source = Sessions([turn(0, "a", 64, 1), turn(1, "b", 64, 1), turn(2, None, 64, 1), turn(3, "c", 14, 1)])
     a, b, single, short = source.next(0.0, None)
     assert not set(a.prefix) & set(b.prefix)
     assert (single.prefix, single.prefix_block_tokens) == ((), None)
@@ -128,9 +128,11 @@ def test_recorded_hashes_are_kept_with_whole_prompts_only():
 
 
 def test_a_prefix_cache_hits_on_later_turns():
-    source = Sessions([turn(0, "a", 160, 8), turn(1, "a", 10, 6)], think_s=1.0)
+    """The second prompt begins with the first one and its answer: 160 and 24 tokens, of whose KV all but the last's is
+    in memory when the first turn ends."""
+    source = Sessions([turn(0, "a", 160, 24), turn(1, "a", 10, 6)], think_s=1.0)
     cached = [row.cached_tokens for row in rows(run(source, prefix_caching=True))]
-    assert cached == [0, 160]
+    assert cached == [0, 176]
     assert [row.cached_tokens for row in rows(run(source))] == [0, 0]
 
 

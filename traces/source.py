@@ -64,10 +64,11 @@ class Chains:
 
     def _issued(self, turn: Turn, arrival_s: float) -> Request:
         request = replace(turn.request, arrival_s=arrival_s)
-        if turn.document is None or request.input_tokens < self.block_tokens:
+        whole_blocks = (request.input_tokens + request.output_tokens) // self.block_tokens
+        if turn.document is None or not whole_blocks:
             return request
         start = -(turn.document + 1) * BLOCKS_PER_DOCUMENT  # negative: recorded hashes are not
-        blocks = tuple(range(start, start + request.input_tokens // self.block_tokens))
+        blocks = tuple(range(start, start + whole_blocks))
         return replace(request, prefix=blocks, prefix_block_tokens=self.block_tokens)
 
 

@@ -6,7 +6,7 @@ profiles, ``kernels.py`` for models built from kernel tables, ``tables.py`` for 
 """
 
 from sim.cost.capped import PowerCapped
-from sim.cost.fitted import Fitted, Profile, Provenance
+from sim.cost.fitted import Device, Fitted, Profile, Provenance
 from sim.cost.kernels import AttentionTable, GemmTable, Kernels
 from sim.cost.links import codec_seconds, collective_seconds
 from sim.cost.roofline import Overhead, Roofline
@@ -15,6 +15,7 @@ from sim.cost.tables import Grid, HeldOut, ProfileEntry, Table
 
 __all__ = [
     "AttentionTable",
+    "Device",
     "Fitted",
     "GemmTable",
     "Grid",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from sim.cluster import Cluster
@@ -29,13 +29,44 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """The device that a profile was measured on, as it was then; None = unknown, or no such thing there.
+
+    ``gpu``: its name in the catalogue. ``flops``, ``bandwidth_bytes_per_s``: the best that was measured, by dtype.
+    """
+
+    gpu: str
+    description: str
+    memory_bytes: int
+    bandwidth_bytes_per_s: float | None = None
+    flops: Mapping[str, float] = field(default_factory=dict)
+    torch: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    threads: int | None = None
+    attention_backend: str | None = None
+    git_commit: str | None = None
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    power_limit_w: float | None = None
+    power_w: float | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Measured operators and where they come from: of models (``entries``), or of GPUs for any model (``kernels``)."""
+    """Measured operators and where they come from: of models (``entries``), or of GPUs for any model (``kernels``).
+
+    ``device``: where it was measured, if ``phasewise calibrate`` did. ``tables``: what no step is made of, by name:
+    copies, KV gather and scatter, 4-bit quantise and dequantise, launches ... (docs/calibrate.md lists them).
+    """
 
     name: str
     provenance: Provenance
     entries: tuple[ProfileEntry, ...] = ()
     kernels: tuple[Kernels, ...] = ()
+    device: Device | None = None
+    tables: Mapping[str, Table | Grid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

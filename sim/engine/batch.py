@@ -259,17 +259,8 @@ class Draft:
 
     def _schedule(self, job: Job, tokens: int) -> None:
         self.chunks.append((job, tokens))
-        if job.hashes and self.replica.ledger.prefix_caching:
-            self._publish(job, job.computed_tokens + tokens)
-
-    def _publish(self, job: Job, tokens: int) -> None:
-        """Prompt blocks full after this step can be shared from now on, as in vLLM v1."""
-        full = min(tokens // self.replica.ledger.block_size, len(job.hashes))
-        for key in job.hashes[job.published : full]:
-            if self.replica.ledger.publish(key):
-                job.shared.append(key)
-                job.blocks -= 1
-        job.published = max(job.published, full)
+        if job.hashes:
+            self.replica.publish(job, job.computed_tokens + tokens)
 
     def _cached_tokens(self, job: Job) -> int:
         """Known prefix, less the last block if that would leave nothing to compute (vLLM v1)."""

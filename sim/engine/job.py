@@ -162,7 +162,7 @@ class Job:
 
 
 def block_hashes(request: Request, block_size: int) -> tuple[Hashable, ...]:
-    """The prompt's content hashes per ledger block, from hashes per ``prefix_block_tokens``.
+    """The content hashes of prompt and answer per ledger block, from hashes per ``prefix_block_tokens``.
 
     A larger trace block becomes several ledger blocks, several smaller ones are joined; sizes that do not
     divide each other use the tokens both cover, by whole ledger blocks of whole trace blocks.
@@ -170,15 +170,11 @@ def block_hashes(request: Request, block_size: int) -> tuple[Hashable, ...]:
     size = request.prefix_block_tokens
     if not request.prefix or not size:
         return ()
+    most = (request.input_tokens + request.output_tokens) // block_size
     if size == block_size:
-        return request.prefix
+        return request.prefix[:most]
     if size % block_size == 0:
         parts = size // block_size
-        return tuple((key, part) for key in request.prefix for part in range(parts))[
-            : request.input_tokens // block_size
-        ]
-    count = len(request.prefix) * size // block_size
-    return tuple(
-        request.prefix[: -(-(block + 1) * block_size // size)]
-        for block in range(min(count, request.input_tokens // block_size))
-    )
+        return tuple((key, part) for key in request.prefix for part in range(parts))[:most]
+    count = min(most, len(request.prefix) * size // block_size)
+    return tuple(request.prefix[: -(-(block + 1) * block_size // size)] for block in range(count))

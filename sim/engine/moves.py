@@ -176,7 +176,6 @@ class Moves:
         self._engine.rows.link_fields.append(
             (job.id, source.name, target.name, round(delivery.sent_bytes), delivery.started_ps, now_ps)
         )
-        source.settle()
         del source.departing[job]
         source.release(job)
         del target.arriving[job]

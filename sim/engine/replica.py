@@ -193,6 +193,17 @@ class ReplicaState:
             self._num_prefilling -= 1
             self._pending_prefill_tokens -= job.remaining_tokens
 
+    def publish(self, job: Job, tokens: int) -> None:
+        """Blocks that are full with so many tokens can be shared from now on, as in vLLM v1."""
+        if not self.ledger.prefix_caching:
+            return
+        full = min(tokens // self.ledger.block_size, len(job.hashes))
+        for key in job.hashes[job.published : full]:
+            if self.ledger.publish(key):
+                job.shared.append(key)
+                job.blocks -= 1
+        job.published = max(job.published, full)
+
     def release(self, job: Job) -> None:
         """Give the job's blocks back."""
         self.ledger.give(job.blocks + job.copied_blocks, job.shared)

@@ -334,6 +334,8 @@ class Engine:
             replica.idle_cohort().join(job)
 
     def _complete(self, replica: ReplicaState, job: Job, now_ps: int) -> None:
+        if job.hashes and job.samples == 1:
+            replica.publish(job, job.computed_tokens)  # the answer too: a next turn may begin with it
         replica.release(job)
         self.finish(job, "completed", "", now_ps)
 

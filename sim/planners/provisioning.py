@@ -60,6 +60,11 @@ class SlowdownLimits:
             if len(limits) != len(PERCENTILES) or not all(limit > 0 for limit in limits):
                 raise ConfigError(f"slowdown limits: {metric} is {limits}; it must be three numbers > 0")
 
+    def allowed(self, metric: str, count: int) -> list[tuple[float, int]]:
+        """For each limit, how many of ``count`` requests may exceed it."""
+        ranks = [-(-(count - 1) * percentile // 100) for percentile in PERCENTILES]
+        return [(limit, count - 1 - rank) for limit, rank in zip(getattr(self, metric), ranks, strict=True)]
+
     def met(self, measured: Mapping[str, Sequence[float]]) -> bool:
         return all(
             value <= limit
@@ -122,18 +127,29 @@ def highest_rate(feasible: Callable[[float], bool], low: float, high: float, ste
 
 
 def most_requests(
-    feasible: Feasible, designs: Sequence[Design], *, low: float, high: float, step: float
+    feasible: Feasible,
+    designs: Sequence[Design],
+    *,
+    low: float,
+    high: float,
+    step: float,
+    start: Throughput | None = None,
 ) -> Throughput | None:
     """The design with the highest rate; ``None`` if none serves ``low``. Of equal ones the first.
 
     ``designs`` in order of their share of prompt machines, over which the rate rises to a peak and falls. It looks at
     every eighth, then, at half the distance each time, around the best, and last at all that serve the best rate. It
-    bisects the rate only of a design that does better than the best so far.
+    bisects the rate only of a design that does better than the best so far. ``start``, one of the designs and a guess
+    of its rate, stands for the first round and saves most of the replays; it changes no answer while there is one peak.
     """
     if not designs:
         raise ConfigError("provisioning: there are no designs to choose from; allow more machines")
     best: Throughput | None = None
-    tried: set[Design] = set()
+    if start is not None and low <= start.rate_per_s <= high:
+        near = low + int((start.rate_per_s - low) / step) * step
+        best = _better(feasible, start.design, None, near, high, step)
+        best = best or _better(feasible, start.design, None, low, high, step)
+    tried: set[Design] = set() if best is None else {best.design}
     stride = max(1, len(designs) // 8)
     while stride:
         before = best
@@ -174,14 +190,20 @@ def _beside(designs: Sequence[Design], centre: Design, stride: int) -> list[Desi
 
 
 def fewest_machines(
-    feasible: Feasible, rate_per_s: float, price: Callable[[Design], float], *, most: Design
+    feasible: Feasible,
+    rate_per_s: float,
+    price: Callable[[Design], float],
+    *,
+    most: Design,
+    start: Design | None = None,
 ) -> Design | None:
     """The cheapest design with up to ``most`` machines of either kind that serves the rate; ``None`` if none does.
 
     ``price``: dollars, watts or machines; it must rise in both counts. For each number of token machines it tries the
     most prompt machines that would still be cheaper than the best so far, and goes on only where they suffice.
+    ``start``, a guess, saves replays if it serves the rate.
     """
-    best: Design | None = None
+    best = start if start is not None and feasible(start, rate_per_s) else None
     for tokens in range(1, most.tokens + 1):
         affordable = [
             prompts
