@@ -162,6 +162,11 @@ class View(Protocol):
     def seconds_to_move(self, source: str, target: str, kv_bytes: float) -> float:
         """Uncontended seconds to carry KV from one replica to another."""
 
+    def observed(self, window_s: float) -> Workload | None:
+        """The traffic of the last ``window_s``: rate of arrivals, lengths of what completed; None if nothing did.
+
+        Kept for reschedulers that tick; who asks for different windows may not ask for a longer one later."""
+
     @property
     def rng(self) -> np.random.Generator:
         """The policy's own named random stream."""

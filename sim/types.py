@@ -236,10 +236,13 @@ class Move(NamedTuple):
     target: str
 
 
-class Signal(NamedTuple):
-    """What wakes a rescheduler: a timer tick, a cluster event, or a shift of the load."""
+SignalKind = Literal["tick", "notice", "lost", "joined"]
 
-    kind: Literal["tick", "notice", "lost", "joined", "shift"]
+
+class Signal(NamedTuple):
+    """What wakes a rescheduler: a timer tick or a cluster event."""
+
+    kind: SignalKind
     at_s: float
     gpus: tuple[str, ...] = ()
     deadline_s: float | None = None

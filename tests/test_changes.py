@@ -9,8 +9,9 @@ import pytest
 
 from sim import ConfigError, Plan, StalledError
 from sim.batchers import TokenBudget
+from sim.policy import View, Workload
 from sim.routers import LeastLoadedPair
-from sim.types import Change
+from sim.types import Change, Signal
 from tests.lab import ONE, SPLIT, TWO, Script, Way, system
 from tests.test_faults import TWO_DECODES, US, decode_ps, event, load_ps, outcomes, where
 from tests.toys import MS, replica, request, run
@@ -157,3 +158,36 @@ def test_a_load_over_a_cut_link_stalls_and_says_so() -> None:
             system(rescheduler=lambda: Script([change])), [request(0, output_tokens=50)], where(), plan=ONE,
             events=[event("link_scaled", "pcie:n0.g0:in", 0.0, factor=0.0), event("gpu_joined", "n0.g0", 0.02)],
         )  # fmt: skip
+
+
+class Watching:
+    """A rescheduler that notes the traffic of the last 100 ms at every tick."""
+
+    interval_s: float | None = 0.1
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, Workload | None]] = []
+
+    def react(self, signal: Signal, view: View) -> Change | None:
+        self.seen.append((signal.at_s, view.observed(0.1)))
+        return None
+
+
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_a_rescheduler_sees_the_traffic_of_its_window(step_by_step: bool) -> None:
+    """Arrivals count when they come, lengths when their request has completed."""
+    watching = Watching()
+    requests = [
+        request(0, 0.0, 100, 1),
+        request(1, 0.02, 60, 5),
+        request(2, 0.09, 40, 12),
+        request(3, 0.31, 100, 3),
+        request(4, 0.38, 40, 9),
+    ]
+    run(system(rescheduler=lambda: watching), requests, plan=ONE, step_by_step=step_by_step)
+    assert watching.seen == [
+        (0.1, Workload(rate_per_s=30.0, lengths=((100, 1), (60, 5)))),
+        (0.2, None),  # nothing arrived
+        (0.3, None),
+        (0.4, Workload(rate_per_s=20.0, lengths=((100, 3),))),
+    ]

@@ -18,7 +18,7 @@ from sim.engine.links import Flow
 from sim.engine.replica import ReplicaState
 from sim.engine.setup import bind_cost, check_plan
 from sim.record import NoteRow
-from sim.types import Change, ClusterEvent, ConfigError, Plan, Replica, Signal, to_ps, to_s
+from sim.types import Change, ClusterEvent, ConfigError, Plan, Replica, Signal, SignalKind, to_ps, to_s
 
 if TYPE_CHECKING:
     from sim.engine.run import Engine
@@ -101,9 +101,9 @@ class Changes:
             )
         return event.factor
 
-    def _react(self, kind: str, gpus: tuple[str, ...], deadline_s: float | None = None) -> None:
+    def _react(self, kind: SignalKind, gpus: tuple[str, ...], deadline_s: float | None = None) -> None:
         engine = self.engine
-        signal = Signal(kind, to_s(engine.clock.now_ps), gpus, deadline_s)  # type: ignore[arg-type]
+        signal = Signal(kind, to_s(engine.clock.now_ps), gpus, deadline_s)
         change = self.rescheduler.react(signal, engine.view)
         if change is not None:
             self.apply(change)

@@ -73,8 +73,7 @@ def extend(replica: ReplicaState, flight: Flight) -> None:
     if cohort is not None:
         most = min(most, cohort.iterations_to_change())
     for job, tokens in flight.chunks:
-        moves_on = job.route is not None and job.route.decode != replica.leg
-        full = (job.remaining_tokens - moves_on) // tokens
+        full = (job.remaining_tokens - job.moves_on(replica.leg)) // tokens
         most = min(most, max(1, full))
         if job.hashes and ledger.prefix_caching:
             most = 1  # what it publishes may shorten the prompts that wait

@@ -115,6 +115,10 @@ class Job:
     def held_blocks(self) -> int:
         return self.blocks + len(self.shared)
 
+    def moves_on(self, leg: tuple[str, ...]) -> bool:
+        """Prefilled over these stages, it decodes over others."""
+        return self.route is not None and self.route.decode != leg
+
     def copies(self, tokens: int, block_size: int) -> int:
         """Blocks of the other samples when each has so many tokens."""
         if self.samples == 1:

@@ -108,6 +108,7 @@ class Engine:
         self.longest_tokens = min(system.limits.max_model_len or inf, problem.model.max_position_embeddings or inf)
         self.mean_output_tokens = max(1, round(problem.workload.mean_output_tokens))
         self.changes = Changes(self, change_rng)
+        self.observes = self.changes.rescheduler.interval_s is not None
         for spec in plan.replicas:
             self.bring_up(spec)
         self.changes.show(plan)
@@ -160,6 +161,8 @@ class Engine:
     def admit(self, job: Job, touched: dict[ReplicaState, None]) -> None:
         """Route a job that arrives (or lost its place) and put it into its prefill replica's queue."""
         self.unfinished += 1
+        if self.observes and not job.epoch:
+            self.view.arrivals.append(self.clock.now_ps)
         route = self.router.route(job, self.view)
         if isinstance(route, Reject):
             self.finish(job, "failed" if job.epoch else "rejected", route.reason)
@@ -256,7 +259,7 @@ class Engine:
         for flight in launched:
             self._arm(replica, flight)
             for job, tokens in flight.chunks:
-                if job.remaining_tokens == tokens and job.route.decode != replica.leg:  # type: ignore[union-attr]
+                if job.remaining_tokens == tokens and job.moves_on(replica.leg):
                     self.moves.leave_early(replica, flight, job)
 
     def _swap_ps(self, replica: ReplicaState, draft: Draft) -> int:
@@ -327,7 +330,7 @@ class Engine:
         if job.tokens_left == 0:
             del replica.running[job]
             self._complete(replica, job, now_ps)
-        elif job.route is not None and job.route.decode != replica.leg:
+        elif job.moves_on(replica.leg):
             del replica.running[job]
             self.moves.leave(replica, job)
         else:
@@ -347,6 +350,8 @@ class Engine:
         if job.route is not None:
             self.router.finished(job)
         self._record(job, outcome, reason, now_ps)
+        if self.observes and now_ps is not None:
+            self.view.completions.append((now_ps, (job.input_tokens, job.generated_tokens)))
         if self.progress is not None and self.finished % 1000 == 0:
             self.progress(self.finished)
         following = list(self.source.next(to_s(self.clock.now_ps), job.request))

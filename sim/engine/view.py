@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
 from sim.engine.clock import Clock
 from sim.engine.replica import ReplicaState
-from sim.policy import Problem
-from sim.types import Plan, PolicyError, Role, to_s
+from sim.policy import Problem, Workload
+from sim.types import Plan, PolicyError, Role, to_ps, to_s
 
 
 class SystemView:
@@ -23,6 +24,8 @@ class SystemView:
         self._clock = clock
         self._by_name: dict[str, ReplicaState] = {}
         self._by_role: dict[tuple[Role, ...], Sequence[ReplicaState]] = {}
+        self.arrivals: deque[int] = deque()  # ps
+        self.completions: deque[tuple[int, tuple[int, int]]] = deque()  # ps, (input tokens, output tokens)
 
     def show(self, plan: Plan, replicas: Sequence[ReplicaState]) -> None:
         """The engine's word on what is up now."""
@@ -44,6 +47,17 @@ class SystemView:
         if name not in self._by_name:
             raise PolicyError(f"a policy asks for replica {name!r}; up are {', '.join(self._by_name) or 'none'}")
         return self._by_name[name]
+
+    def observed(self, window_s: float) -> Workload | None:
+        start_ps = self._clock.now_ps - to_ps(window_s)
+        while self.arrivals and self.arrivals[0] < start_ps:
+            self.arrivals.popleft()
+        while self.completions and self.completions[0][0] < start_ps:
+            self.completions.popleft()
+        if not self.arrivals or not self.completions:
+            return None
+        rate_per_s = len(self.arrivals) / min(window_s, self.now_s)
+        return Workload(rate_per_s=rate_per_s, lengths=tuple(lengths for _, lengths in self.completions))
 
     def seconds_to_move(self, source: str, target: str, kv_bytes: float) -> float:
         cluster = self.problem.cluster
