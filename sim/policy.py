@@ -297,6 +297,13 @@ class Router(Protocol):
         """A request this router placed has left the system, or lost its place to a fault."""
 
 
+class Dispatcher(Router, Protocol):
+    """A router that leaves open where requests decode (``Route.decode`` None) until their prompts are computed."""
+
+    def dispatch(self, request: RequestView, view: View) -> tuple[str, ...] | float:
+        """The stages that decode it (those it is on: it stays), or after how many seconds (> 0) to ask again."""
+
+
 class Batcher(Protocol):
     """Decides what a replica's next iteration computes. One instance per replica."""
 

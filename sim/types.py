@@ -36,6 +36,10 @@ class ConfigError(SimulationError):
     """An input that cannot be used; the message names the place, the value and the mend."""
 
 
+class Infeasible(ConfigError):
+    """No plan can do what is asked; the message says what is missing: memory, bandwidth or rate."""
+
+
 class PolicyError(SimulationError):
     """A policy proposed something illegal; the message names the policy, the request and the numbers."""
 
@@ -84,12 +88,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
-    """Latency targets of one request, and the share of requests that must meet all of them."""
+    """Latency targets of one request, and the share of requests that must meet all of them.
+
+    ``classes``: targets of requests of a class (``Request.klass``), in place of those beside.
+    """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
     attainment: float = 0.9
+    classes: Mapping[str, Slo] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,10 +168,13 @@ class Plan:
 
 
 class Route(NamedTuple):
-    """A request's way: the stages that prefill it and those that decode it. Equal legs move no KV."""
+    """A request's way: the stages that prefill it and those that decode it. Equal legs move no KV.
+
+    ``decode`` None: its router will say once the prompt is computed (``sim.policy.Dispatcher``).
+    """
 
     prefill: tuple[str, ...]
-    decode: tuple[str, ...]
+    decode: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Integer time on SimPy: the only module that imports simpy.
 
 Rules that make the collapsed and the step-by-step engine agree on every tie: whatever comes from outside a
-replica at instant t (arrival, KV delivery, fault) runs at priority ``OUTSIDE``, before any iteration
-boundary at t; boundaries of replica number n run at priority ``BOUNDARY + n``; and what a boundary causes
+replica at instant t (KV delivery, fault) runs at priority ``OUTSIDE``, before any iteration boundary at t; the
+arrival of request number n runs at priority ``ARRIVAL + n``, before these, so that a replay of what arrived
+breaks ties alike whatever caused the arrivals; boundaries of replica number n run at priority ``BOUNDARY + n``; and what a boundary causes
 elsewhere happens one tick later at the earliest.
 """
 
@@ -16,8 +17,9 @@ from typing import Any
 import simpy
 from simpy.events import Event
 
-OUTSIDE = 1
-BOUNDARY = 2
+ARRIVAL = 1
+OUTSIDE = 2**62
+BOUNDARY = OUTSIDE + 1
 
 
 class Alarm(Event):

@@ -8,7 +8,7 @@ keeps its blocks: a full target holds its senders back.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sim.cluster import Path
 from sim.engine.clock import Alarm
@@ -19,6 +19,10 @@ from sim.types import Move, PolicyError, to_ps
 
 if TYPE_CHECKING:
     from sim.engine.run import Engine
+    from sim.policy import Dispatcher
+
+MAX_IDLE_ASKS = 1000
+"""A router that has put off its choice so often while nothing else could happen will never choose."""
 
 
 class Moves:
@@ -29,6 +33,7 @@ class Moves:
         self._kv_bytes_per_token = engine.problem.model.kv_bytes_per_token()
         self._paths: dict[tuple[int, int], Path] = {}
         self.under_way: dict[Job, Delivery] = {}
+        self._idle_asks = 0
 
     def _path(self, source: ReplicaState, target: ReplicaState) -> Path:
         key = (source.number, target.number)
@@ -40,7 +45,7 @@ class Moves:
         """KV of the first layers may leave while the last ones of the final chunk are computed."""
         assert job.route is not None
         if job.tokens_left == 1 or self._engine.transfer.pull or job.route.decode not in self._engine.by_leg:
-            return
+            return  # it ends with its first token, is fetched, or has nowhere to go (yet)
         delivery = self._delivery(replica, job, job.target_tokens, flight.start_ps, flight.boundary_ps(1))
         if delivery.parts[0][1] < flight.boundary_ps(1):
             replica.departing[job] = None
@@ -52,6 +57,10 @@ class Moves:
             return
         assert job.route is not None
         now_ps = self._engine.clock.now_ps
+        if job.route.decode is None:
+            replica.departing[job] = None
+            self._engine.clock.at(now_ps + 1, self._dispatch, (replica, job, job.epoch))
+            return
         if job.route.decode not in self._engine.by_leg:
             self._engine.clock.at(now_ps + 1, self._engine.changes.target_gone, job)
             replica.release(job)
@@ -63,8 +72,45 @@ class Moves:
             ask_ps += to_ps(delivery.path.latency_s)
         self._engine.clock.at(ask_ps, self._ask_for_room, delivery)
 
+    def _dispatch(self, alarm: Alarm) -> None:
+        """Its router says where the request decodes, or when to ask again."""
+        replica, job, epoch = alarm.subject
+        if epoch != job.epoch:
+            return
+        assert job.route is not None
+        clock = self._engine.clock
+        answer = cast("Dispatcher", self._engine.router).dispatch(job, self._engine.view)
+        if isinstance(answer, tuple):
+            target = self._engine.resolve(answer, job)
+            job.route = job.route._replace(decode=answer)
+            job.places = (replica.name, target.name)
+            del replica.departing[job]
+            if target is replica:
+                replica.arrived[job] = None
+                self._engine.nudge(replica)
+            else:
+                self._set_out(replica, job, target)
+            return
+        if answer <= 0:
+            raise PolicyError(f"{type(self._engine.router).__name__} asks to be asked again about {job} in {answer} s")
+        self._idle_asks = self._idle_asks + 1 if clock.nothing_left() else 0
+        if self._idle_asks < MAX_IDLE_ASKS:
+            clock.at(clock.now_ps + to_ps(answer), self._dispatch, (replica, job, epoch))
+
+    def _set_out(self, replica: ReplicaState, job: Job, target: ReplicaState) -> None:
+        reason = self._engine.too_long(job, target, job.input_tokens + job._output_tokens - 1)
+        if reason is None:
+            self.leave(replica, job)
+            return
+        replica.release(job)
+        self._engine.clock.at(self._engine.clock.now_ps + 1, self.room_again, replica)
+        self._engine.finish(job, "failed", reason)
+        if replica.retiring:
+            self._engine.changes.maybe_drained(replica)
+
     def _delivery(self, replica: ReplicaState, job: Job, tokens: int, start_ps: int, end_ps: int) -> Delivery:
         assert job.route is not None
+        assert job.route.decode is not None
         target = self._engine.by_leg[job.route.decode]
         kv_bytes = tokens * self._kv_bytes_per_token
         move = Move(job.id, tokens, kv_bytes, self._engine.problem.model.num_layers, replica.name, target.name)

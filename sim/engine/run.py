@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, nextafter
 
 import numpy as np
 
 from sim.engine.batch import Draft
 from sim.engine.changes import Changes
-from sim.engine.clock import BOUNDARY, Alarm, Clock
+from sim.engine.clock import ARRIVAL, BOUNDARY, Alarm, Clock
 from sim.engine.flight import extend, launch, reoccupy_stages
 from sim.engine.job import Job, block_hashes
 from sim.engine.links import Links
@@ -34,7 +34,6 @@ from sim.types import (
     Reject,
     Replica,
     Request,
-    Route,
     SimulationError,
     StalledError,
     to_ps,
@@ -137,19 +136,17 @@ class Engine:
     def _await_arrival(self, job: Job | None, stream: Iterator[Request]) -> None:
         if job is not None:
             self.unfinished += 1
-            self.clock.at(job.arrival_ps, self._arrive, (job, stream))
+            self.clock.at(job.arrival_ps, self._arrive, (job, stream), ARRIVAL + job.id)
 
     def _arrive(self, alarm: Alarm) -> None:
-        """This request, and those of the stream that arrive at the same instant."""
+        """This request; the next one of the stream will follow, maybe at the same instant."""
         job, stream = alarm.subject
-        now_ps = self.clock.now_ps
         touched: dict[ReplicaState, None] = {}
         self.unfinished -= 1
         self.admit(job, touched)
-        while (following := self._next_job(stream)) is not None and following.arrival_ps <= now_ps:
-            if following.arrival_ps < now_ps:
-                raise SimulationError(f"{following} arrives before the one ahead of it in the stream")
-            self.admit(following, touched)
+        following = self._next_job(stream)
+        if following is not None and following.arrival_ps < self.clock.now_ps:
+            raise SimulationError(f"{following} arrives before the one ahead of it in the stream")
         self._await_arrival(following, stream)
         for replica in touched:
             self.nudge(replica)
@@ -167,40 +164,46 @@ class Engine:
         if isinstance(route, Reject):
             self.finish(job, "failed" if job.epoch else "rejected", route.reason)
             return
-        prefill, decode = self._resolve(route, job)
+        prefill = self.resolve(route.prefill, job)
+        decode = None if route.decode is None else self.resolve(route.decode, job)
         reason = self._never_fits(job, prefill, decode)
         if reason is not None:
             self.finish(job, "rejected", reason)
             return
         job.route = route
-        job.places = (prefill.name, decode.name)
+        job.places = (prefill.name, "" if decode is None else decode.name)
         if self.system.limits.prefix_caching and not job.hashes:
             job.hashes = block_hashes(job.request, prefill.block_size)
         prefill.enqueue(job)
         touched[prefill] = None
 
-    def _resolve(self, route: Route, job: Job) -> tuple[ReplicaState, ReplicaState]:
-        try:
-            return self.by_leg[route.prefill], self.by_leg[route.decode]
-        except KeyError as error:
+    def resolve(self, leg: tuple[str, ...], job: Job) -> ReplicaState:
+        if leg not in self.by_leg:
             raise PolicyError(
-                f"{type(self.router).__name__} routes {job} over {error.args[0]}, which is not the stages of a "
+                f"{type(self.router).__name__} routes {job} over {leg}, which is not the stages of a "
                 f"replica that is up ({', '.join(replica.name for replica in self.view.replicas)})"
-            ) from None
+            )
+        return self.by_leg[leg]
 
-    def _never_fits(self, job: Job, prefill: ReplicaState, decode: ReplicaState) -> str | None:
+    def _never_fits(self, job: Job, prefill: ReplicaState, decode: ReplicaState | None) -> str | None:
         total = job.input_tokens + job._output_tokens
         if total > self.longest_tokens:
             return f"{total} tokens exceed the model's context of {self.longest_tokens:.0f}"
-        for replica, tokens in ((prefill, job.input_tokens), (decode, total - 1)):
-            if replica is decode or prefill is not decode:
-                if job.blocks_for(tokens, replica.ledger.block_size) > replica.ledger.total:
-                    capacity = replica.ledger.total * replica.block_size
-                    return f"{tokens} tokens exceed the {capacity} that the KV cache of {replica.name} holds"
-                reason = replica.batcher.refuse(job, tokens, replica.ledger.total, replica.limits)
-                if reason is not None:
-                    return f"{replica.name}: {reason}"
-        return None
+        if prefill is not decode:
+            reason = self.too_long(job, prefill, job.input_tokens)
+            if reason is not None:
+                return reason
+        if decode is not None:
+            return self.too_long(job, decode, total - 1)
+        largest = max(self.by_leg.values(), key=lambda replica: replica.ledger.total)
+        return self.too_long(job, largest, total - 1)
+
+    def too_long(self, job: Job, replica: ReplicaState, tokens: int) -> str | None:
+        if job.blocks_for(tokens, replica.ledger.block_size) > replica.ledger.total:
+            capacity = replica.ledger.total * replica.block_size
+            return f"{tokens} tokens exceed the {capacity} that the KV cache of {replica.name} holds"
+        reason = replica.batcher.refuse(job, tokens, replica.ledger.total, replica.limits)
+        return None if reason is None else f"{replica.name}: {reason}"
 
     # ------------------------------------------------------------ wait, and be batched
 
@@ -356,9 +359,8 @@ class Engine:
             self.progress(self.finished)
         following = list(self.source.next(to_s(self.clock.now_ps), job.request))
         for request in following:
-            later = self._job(request)
-            self.unfinished += 1
-            self.clock.at(max(later.arrival_ps, self.clock.now_ps + 1), self._arrive, (later, iter(())))
+            later = self._job(replace(request, arrival_s=after(self.clock.now_ps, request.arrival_s)))
+            self._await_arrival(later, iter(()))
 
     def _record(self, job: Job, outcome: Outcome, reason: str, finish_ps: int | None) -> None:
         self.rows.requests.append(
@@ -433,3 +435,11 @@ class Engine:
             wall_s=wall_s,
             extrapolated_share=self.iterations_outside / max(1, self.iterations),
         )
+
+
+def after(now_ps: int, arrival_s: float) -> float:
+    """``arrival_s``, or the first moment a tick after ``now_ps``: what a completion causes comes later than it."""
+    if to_ps(arrival_s) > now_ps:
+        return arrival_s
+    soon_s = to_s(now_ps + 1)
+    return soon_s if to_ps(soon_s) > now_ps else nextafter(soon_s, inf)
