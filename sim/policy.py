@@ -8,7 +8,7 @@ raises ``PolicyError``. No view shows a request's true output length: a policy t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -92,6 +92,10 @@ class RequestView(Protocol):
     @property
     def predicted_output_tokens(self) -> int: ...
     @property
+    def emitted_tokens(self) -> int:
+        """Output tokens so far."""
+
+    @property
     def remaining_tokens(self) -> int:
         """Tokens still to be prefilled (prompt, or prompt and generated tokens after a recompute)."""
 
@@ -133,7 +137,19 @@ class ReplicaView(Protocol):
         """Requests here whose prompt is finished, those whose KV is still on its way included."""
 
     @property
+    def num_departing(self) -> int:
+        """Requests prefilled here whose KV has not left yet."""
+
+    @property
     def pending_prefill_tokens(self) -> int: ...
+    @property
+    def running(self) -> Collection[RequestView]:
+        """Admitted requests, in order of admission."""
+
+    @property
+    def landing(self) -> Sequence[RequestView]:
+        """Requests whose KV is here or on its way, its room taken, and who do not decode yet."""
+
     @property
     def free_blocks(self) -> int: ...
     @property
@@ -314,6 +330,14 @@ class Batcher(Protocol):
 
         The engine asks once, on arrival; ``total_tokens`` must not be kept or used for scheduling.
         """
+
+
+class Gatekeeper(Batcher, Protocol):
+    """A batcher that does not let in all KV that there is room for."""
+
+    def lets_in(self, request: RequestView, blocks: int, replica: ReplicaView) -> bool:
+        """Whether KV of so many (free) blocks may come now. Asked for the first in line, again whenever something was
+        freed here; not asked by a replica that has nothing else to do."""
 
 
 class Transfer(Protocol):

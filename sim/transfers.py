@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from sim.cost import Table, codec_seconds
 from sim.policy import View
-from sim.types import Chunk, Move
+from sim.types import Chunk, ConfigError, Move
 
 WHOLE = (Chunk(1.0, 1.0),)
 """One part, ready at the end."""
@@ -47,6 +50,22 @@ class LayerByLayer:
         return self.sync_s
 
 
+class ChunkByChunk:
+    """KV of earlier chunks of ``chunk_tokens`` leaves from when the last one runs; the last one's after it."""
+
+    pull = False
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self.chunk_tokens = chunk_tokens
+
+    def chunks(self, move: Move, view: View) -> tuple[Chunk, ...]:
+        earlier = (move.tokens - 1) // self.chunk_tokens * self.chunk_tokens / move.tokens
+        return (Chunk(earlier, 0.0), Chunk(1 - earlier, 1.0)) if earlier else WHOLE
+
+    def overhead_s(self, move: Move) -> float:
+        return 0.0
+
+
 class ByLength:
     """Short prompts at once, prompts of ``threshold_tokens`` or more layer by layer."""
 
@@ -63,3 +82,40 @@ class ByLength:
 
     def _of(self, move: Move) -> Whole | LayerByLayer:
         return self._short if move.tokens < self.threshold_tokens else self._long
+
+
+class Quantized:
+    """All at once, in ``bits`` a value on the way; both ends compute and store 16 bits (ThunderServe, MLSys 2025).
+
+    Every ``group`` values carry a 16-bit scale and a 16-bit zero, so that 4 bits in groups of 64 are 4.5. The codec
+    runs once at either end and takes what ``codec`` says by tokens (both ends together), or else reads and writes at
+    ``codec_bytes_per_s`` (ours: half of what a 24 to 48 GB GPU of 2021 reads). The engine lets it pass after the last
+    byte. 16 bits: no codec.
+    """
+
+    pull = False
+
+    def __init__(
+        self, bits: int = 4, group: int = 64, codec: Table | None = None, codec_bytes_per_s: float = 4e11
+    ) -> None:
+        if not 1 <= bits <= 16:
+            raise ConfigError(f"system.bits is {bits}; KV is sent in 1 to 16 bits a value")
+        if group < 1:
+            raise ConfigError(f"system.group is {group}; it must be at least one value per scale")
+        if not codec_bytes_per_s > 0:
+            raise ConfigError(f"system.codec_bytes_per_s is {codec_bytes_per_s}; it must be > 0")
+        self.bits = bits
+        self.share = 1.0 if bits == 16 else min(1.0, (bits + 32 / group) / 16)
+        """Bytes sent, of those of 16 bits."""
+        self.codec = codec
+        self.codec_bytes_per_s = codec_bytes_per_s
+
+    def chunks(self, move: Move, view: View) -> tuple[Chunk, ...]:
+        return (Chunk(self.share, 1.0),)
+
+    def overhead_s(self, move: Move) -> float:
+        if self.bits == 16:
+            return 0.0
+        if self.codec is not None:
+            return float(np.interp(move.tokens, self.codec.counts, self.codec.seconds))
+        return 2 * codec_seconds(move.kv_bytes, self.share, self.codec_bytes_per_s, 1.0)

@@ -10,7 +10,7 @@ from typing import Any
 from sim import Limits, Plan, Request, System
 from sim.batchers import TokenBudget
 from sim.planners.pools import Colocated, Pool
-from sim.policy import Batch, Batcher, RequestView, Rescheduler, Router, Transfer, View
+from sim.policy import Batch, Batcher, ReplicaView, RequestView, Rescheduler, Router, Transfer, View
 from sim.reschedulers import KeepPlan
 from sim.routers import LeastRequests
 from sim.transfers import Whole
@@ -159,6 +159,10 @@ class Spy:
         self._batcher.fill(_SpiedBatch(batch, fill))  # type: ignore[arg-type]
         fill.free_blocks, fill.num_running = batch.free_blocks, batch.num_running
         self._fills.append(fill)
+
+    def lets_in(self, request: RequestView, blocks: int, replica: ReplicaView) -> bool:
+        lets_in = getattr(self._batcher, "lets_in", None)
+        return lets_in is None or lets_in(request, blocks, replica)
 
     def refuse(self, request: RequestView, total_tokens: int, total_blocks: int, limits: Limits) -> str | None:
         return self._batcher.refuse(request, total_tokens, total_blocks, limits)

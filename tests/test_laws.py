@@ -6,16 +6,19 @@ Also: requests in = requests out, ledgers end empty, equal seeds give equal byte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim import SYSTEMS, ClusterEvent, Request, Result, System
+from sim import SYSTEMS, ClusterEvent, Plan, Problem, Request, Result, System
+from sim.planners.pools import Pool, Split
 from sim.predictors import ConstantLength, TrueLength
+from sim.systems.distserve import ReplanOnShift
 from sim.systems.splitwise import Repurpose
+from sim.systems.tetriinfer import FlipIdle
 from tests.toys import ToyCost, cluster, problem, run, with_limits
 
 SPLIT = {"prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 2, "tp": 1}}
@@ -24,6 +27,31 @@ SPLIT = {"prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 2, "tp": 1}
 def eager_repurposing(system: System) -> System:
     """Machines that were mixed at two of the last three ticks change their role."""
     return replace(system, rescheduler=lambda: Repurpose(window_s=0.3, interval_s=0.1))
+
+
+@dataclass
+class TwoPlans:
+    """A planner that takes turns: a decode instance of two stages, or two of one, each with a prefill instance."""
+
+    turn: int = 0
+
+    def plan(self, problem: Problem) -> Plan:
+        self.turn += 1
+        decode = Pool(tp=1, pp=2) if self.turn % 2 else Pool(tp=1, replicas=2)
+        return Split(prefill=Pool(replicas=1, tp=1), decode=decode).plan(problem)
+
+
+def eager_replanning() -> System:
+    """Observes a tenth of a second and replans on a few requests."""
+    return replace(
+        SYSTEMS["distserve"](**SPLIT),
+        rescheduler=lambda: ReplanOnShift(TwoPlans(), interval_s=0.1, window_s=0.3, fewest_requests=3),
+    )
+
+
+def eager_flipping(system: System) -> System:
+    """Instances that were idle at half of the last three ticks change their role."""
+    return replace(system, rescheduler=lambda: FlipIdle(busy_share=0.5, window_s=0.3, interval_s=0.1))
 
 
 def reserving(name: str, **options: Any) -> System:
@@ -87,6 +115,23 @@ SETTINGS: dict[str, Callable[[], System]] = {
         prompt_queue_tokens=300, status_delay_s=0.2, power_capped=["n1"], **SPLIT
     ),
     "splitwise repurposing": lambda: eager_repurposing(SYSTEMS["splitwise"](prompt_queue_tokens=200, **SPLIT)),
+    "distserve": lambda: SYSTEMS["distserve"](**SPLIT),
+    "distserve few prompts a batch": lambda: SYSTEMS["distserve"](max_prompts=2, **SPLIT),
+    "distserve pp2": lambda: SYSTEMS["distserve"](
+        prefill={"replicas": 1, "tp": 1, "pp": 2}, decode={"replicas": 1, "tp": 1, "pp": 2}
+    ),
+    "distserve replanning": eager_replanning,
+    "tetriinfer": lambda: SYSTEMS["tetriinfer"](chunk_tokens=64, bucket_tokens=20, **SPLIT),
+    "tetriinfer greedy, longest first": lambda: SYSTEMS["tetriinfer"](
+        chunk_tokens=64, group=3, order="ljf", admission="greedy", **SPLIT
+    ),
+    "tetriinfer static, chunk by chunk": lambda: SYSTEMS["tetriinfer"](
+        chunk_tokens=64, bucket_tokens=20, admission="reserve-static", transfer="chunk", dispatch="random", **SPLIT
+    ),
+    "tetriinfer commit": lambda: SYSTEMS["tetriinfer"](
+        chunk_tokens=64, bucket_tokens=20, admission="commit", order="fcfs", monitor_s=0.013, **SPLIT
+    ),
+    "tetriinfer flipping": lambda: eager_flipping(SYSTEMS["tetriinfer"](chunk_tokens=64, **SPLIT)),
     "splitwise as splitwise-sim": lambda: SYSTEMS["splitwise"](
         prompt_queue_tokens=300, compat="splitwise_sim", **SPLIT
     ),
@@ -100,7 +145,7 @@ def test_every_system_is_under_the_law() -> None:
 
 @st.composite
 def traffic(draw: st.DrawFn) -> list[Request]:
-    """Bursts on a coarse grid (ties), short and long prompts, some with shared prefixes, some of several samples or beams."""
+    """Bursts on a coarse grid (ties), short and long prompts, some with shared prefixes, some of several samples."""
     count = draw(st.integers(1, 40))
     gap = draw(st.sampled_from([0.0, 0.0037, 0.01, 0.05, 0.3]))
     arrival, requests = 0.0, []

@@ -7,23 +7,29 @@ output length, keep requests across calls, or assume that it is called once per 
 
 from sim.batchers.common import refuse_if_full
 from sim.batchers.decode_maximal import DecodeMaximal, smallest_efficient_chunk
+from sim.batchers.disaggregated import Disaggregated
 from sim.batchers.mixed_prompts import MixedPrompts
 from sim.batchers.pausing_mixed import PausingMixed
 from sim.batchers.prefill_first import PrefillFirst
 from sim.batchers.reserving import IterationLevel, RequestLevel, reserved_tokens
+from sim.batchers.saturating import Saturating
 from sim.batchers.stall_free import ChunkSchedule, StallFree, token_budget_for
 from sim.batchers.token_budget import TokenBudget
+from sim.batchers.two_phase import TwoPhase
 
 __all__ = [
     "ChunkSchedule",
     "DecodeMaximal",
+    "Disaggregated",
     "IterationLevel",
     "MixedPrompts",
     "PausingMixed",
     "PrefillFirst",
     "RequestLevel",
+    "Saturating",
     "StallFree",
     "TokenBudget",
+    "TwoPhase",
     "refuse_if_full",
     "reserved_tokens",
     "smallest_efficient_chunk",

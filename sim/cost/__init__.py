@@ -1,20 +1,24 @@
 """How long a step takes: ``StepCost`` binds to a stage and prices its work in integer picoseconds.
 
 Read ``step.py`` for the contract and the law, ``roofline.py`` for the analytic model, ``fitted.py`` for
-profiles, ``kernels.py`` for models built from kernel tables, ``tables.py`` for what a profile measures,
-``pieces.py`` for the integer functions behind both, ``links.py`` for collectives and the KV codec.
+profiles, ``kernels.py`` for models built from kernel tables, ``polynomial.py`` for whole steps in a closed form,
+``tables.py`` for what a profile measures, ``pieces.py`` for the integer functions behind them, ``links.py`` for
+collectives and the KV codec.
 """
 
 from sim.cost.capped import PowerCapped
 from sim.cost.fitted import Device, Fitted, Profile, Provenance
 from sim.cost.kernels import AttentionTable, GemmTable, Kernels
 from sim.cost.links import codec_seconds, collective_seconds
+from sim.cost.padded import PaddedChunks
+from sim.cost.polynomial import DecodeTerms, Polynomial, PromptTerms
 from sim.cost.roofline import Overhead, Roofline
 from sim.cost.step import StageCost, StepCost, advanced, seconds
 from sim.cost.tables import Grid, HeldOut, ProfileEntry, Table
 
 __all__ = [
     "AttentionTable",
+    "DecodeTerms",
     "Device",
     "Fitted",
     "GemmTable",
@@ -22,9 +26,12 @@ __all__ = [
     "HeldOut",
     "Kernels",
     "Overhead",
+    "PaddedChunks",
+    "Polynomial",
     "PowerCapped",
     "Profile",
     "ProfileEntry",
+    "PromptTerms",
     "Provenance",
     "Roofline",
     "StageCost",

@@ -107,6 +107,10 @@ class Job:
         return self.target_tokens - self.computed_tokens
 
     @property
+    def emitted_tokens(self) -> int:
+        return self.generated_tokens + (0 if self.cohort is None else self.cohort.it - self.join_it)
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens whose KV is stored now."""
         return self.computed_tokens if self.cohort is None else self.base + self.cohort.it

@@ -145,7 +145,7 @@ class Moves:
     def make_room(self, target: ReplicaState) -> None:
         """Let KV in that waits, first come first served, while blocks are free."""
         target.settle()
-        while target.inbox and target.inbox[0].blocks <= target.ledger.free:
+        while target.inbox and self._may_enter(target.inbox[0]):
             delivery = target.inbox.popleft()
             target.ledger.take(delivery.blocks)
             target.arriving[delivery.job] = None
@@ -156,6 +156,13 @@ class Moves:
         for flight in target.flights:  # it may have counted on blocks that are gone now
             if blocks_to_come(target, flight) > target.ledger.free:
                 self._engine.cut(target, flight)
+
+    def _may_enter(self, delivery: Delivery) -> bool:
+        target = delivery.target
+        if delivery.blocks > target.ledger.free:
+            return False
+        lets_in = getattr(target.batcher, "lets_in", None)  # a Gatekeeper's
+        return lets_in is None or target.only_holds or bool(lets_in(delivery.job, delivery.blocks, target))
 
     def _break_circle(self, target: ReplicaState) -> None:
         """Replicas that hold nothing but KV waiting for room at each other would wait forever.

@@ -151,6 +151,14 @@ class ReplicaState:
         return here - self._num_prefilling + len(self.inbox) + len(self.arriving)
 
     @property
+    def num_departing(self) -> int:
+        return len(self.departing)
+
+    @property
+    def landing(self) -> list[Job]:
+        return [*self.arrived, *self.arriving]
+
+    @property
     def pending_prefill_tokens(self) -> int:
         if self.prefilling:
             self.settle()

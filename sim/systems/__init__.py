@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sim.policy import System
+from sim.systems.distserve import distserve
 from sim.systems.fastertransformer import fastertransformer
 from sim.systems.orca import orca
 from sim.systems.sarathi import sarathi
 from sim.systems.sarathi_serve import sarathi_serve
 from sim.systems.splitwise import splitwise
+from sim.systems.tetriinfer import tetriinfer
+from sim.systems.thunderserve import thunderserve
 from sim.systems.vllm import vllm
 
 SYSTEMS: dict[str, Callable[..., System]] = {
@@ -22,4 +25,7 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "sarathi": sarathi,
     "sarathi-serve": sarathi_serve,
     "splitwise": splitwise,
+    "tetriinfer": tetriinfer,
+    "distserve": distserve,
+    "thunderserve": thunderserve,
 }
