@@ -137,6 +137,12 @@ class ReplicaView(Protocol):
         """Requests here whose prompt is finished, those whose KV is still on its way included."""
 
     @property
+    def num_swapped(self) -> int:
+        """Requests whose KV lies in host memory."""
+
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
     def num_departing(self) -> int:
         """Requests prefilled here whose KV has not left yet."""
 

@@ -17,7 +17,7 @@ from tests.toys import MS, request, run
 
 
 class Late:
-    """Prefills on the first replica; answers its n-th question with the n-th answer, a replica's name or seconds to wait."""
+    """Prefills on the first replica; answers its n-th question with the n-th answer, a name or seconds to wait."""
 
     def __init__(self, *answers: str | float) -> None:
         self.answers: Sequence[str | float] = answers
@@ -100,7 +100,7 @@ def test_a_choice_that_is_never_made_stalls_the_run() -> None:
 
 
 def test_waiting_no_time_is_illegal() -> None:
-    with pytest.raises(PolicyError, match="Late asks to be asked again about request 0 in 0.0 s"):
+    with pytest.raises(PolicyError, match=r"Late asks to be asked again about request 0 in 0\.0 s"):
         late(Late(0.0))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim import SYSTEMS, ConfigError, Problem, Request, Result
+from sim.batchers import TwoPhase
 from sim.cost import PaddedChunks
 from sim.engine.job import Job
-from sim.predictors import ConstantLength, LengthRange, TrueLength
+from sim.predictors import LengthRange, TrueLength
 from sim.types import Stage, Work
 from tests.lab import Fill, spied
 from tests.test_systems_vllm import traffic
@@ -125,34 +127,45 @@ def test_a_prediction_does_not_depend_on_what_came_before() -> None:
 # ------------------------------------------------------------ admission to the decode batch
 
 
-def admitted(admission: str, predicted: int, blocks: int, requests: list[Request]) -> list[int]:
-    """Most requests that decoded together."""
-    system = tetri(admission=admission, num_kv_blocks=blocks)
-    _, fills = watched(system, requests, predictor=ConstantLength(predicted))
-    return [len(fill.decodes) for fill in fills if fill.decodes]
+def let_in(admission: str, predicted: int, free_blocks: int, running: tuple[int, ...] = (), landing: int = 0) -> bool:
+    """A prompt of 32 (2 blocks) beside running ones of 32 prompt and so many answer tokens; all predicted alike."""
+
+    def job(number: int, emitted: int) -> Job:
+        one = Job(request(number, input_tokens=32), predicted)
+        one.generated_tokens = emitted
+        return one
+
+    replica: Any = SimpleNamespace(
+        running=[job(number, emitted) for number, emitted in enumerate(running)],
+        landing=[job(90 + number, 1) for number in range(landing)],
+        num_swapped=0, free_blocks=free_blocks, block_size=16, max_num_seqs=4,
+    )  # fmt: skip
+    return TwoPhase(admission=admission).lets_in(job(99, 1), 2, replica)  # type: ignore[arg-type]
 
 
 def test_greedy_looks_at_the_next_token_only_and_static_at_the_whole_answer() -> None:
-    """Prompts of 32 (2 blocks each) and answers of 40, so 3 blocks more, in 12 blocks: the first to come runs alone and
-    takes a third block; with the others there, 1 is free. Greedy spends it, static wants 3."""
-    requests = [request(number, 0.0, 32, 40) for number in range(5)]
-    assert admitted("greedy", 40, 12, requests)[:2] == [1, 2]
-    assert admitted("reserve-static", 40, 12, requests)[:2] == [1, 1]
-    assert admitted("reserve-static", 10, 12, requests)[:2] == [1, 2]
+    """32 tokens and one more are 3 blocks, and 40 more 5."""
+    assert [let_in("greedy", 40, free) for free in (2, 3)] == [False, True]
+    assert [let_in("reserve-static", 40, free) for free in (4, 5)] == [False, True]
 
 
 def test_dynamic_counts_what_the_next_to_end_will_free() -> None:
-    """As above: 1 is free, and the first will free its 3; answers of 60 want 4 more, of 75 want 5."""
-    requests = [request(number, 0.0, 32, 40) for number in range(5)]
-    assert admitted("reserve-dynamic", 60, 12, requests)[:2] == [1, 2]
-    assert admitted("reserve-dynamic", 75, 12, requests)[:2] == [1, 1]
+    """The one nearest its end has 32 + 20 tokens: 4 blocks. The next token needs its block now, in any case."""
+    assert [let_in("reserve-dynamic", 40, free) for free in (4, 5)] == [False, True]
+    assert [let_in("reserve-dynamic", 40, free, running=(3, 20)) for free in (2, 3)] == [False, True]
+    assert [let_in("reserve-dynamic", 100, free, running=(3, 20)) for free in (4, 5)] == [False, True]
 
 
-def test_commit_keeps_what_running_ones_are_predicted_to_take() -> None:
-    """5 blocks each, before its end: the second may come into 10, not into 9."""
-    requests = [request(number, 0.0, 32, 40) for number in range(2)]
-    assert max(admitted("commit", 40, 9, requests)) == 1
-    assert admitted("commit", 40, 10, requests)[:2] == [1, 2]
+def test_commit_keeps_what_the_others_are_predicted_to_take() -> None:
+    """5 blocks each at the end: one with 20 tokens said has 4 of them, one that is landing 2."""
+    assert [let_in("commit", 40, free, running=(20,)) for free in (5, 6)] == [False, True]
+    assert [let_in("commit", 40, free, running=(20,), landing=1) for free in (8, 9)] == [False, True]
+
+
+@given(st.integers(0, 30), st.integers(0, 200), st.lists(st.integers(1, 150), max_size=3).map(tuple))
+def test_whom_static_lets_in_dynamic_lets_in_too(free: int, predicted: int, running: tuple[int, ...]) -> None:
+    if let_in("reserve-static", predicted, free, running):
+        assert let_in("reserve-dynamic", predicted, free, running)
 
 
 def preemptions(admission: str, accuracy: float, requests: list[Request]) -> int:

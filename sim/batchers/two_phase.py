@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from sim.batchers.common import make_room, refuse_groups, refuse_if_full, swap_in
+from sim.batchers.common import make_room, refuse_groups, refuse_if_full, swap_in, welcome
+from sim.cost import saturating_chunk
 from sim.policy import Batch, Limits, ReplicaView, RequestView
 from sim.types import ConfigError
 
@@ -24,17 +25,17 @@ class TwoPhase:
     """Chunks while there are prompts, then decodes; never both in one batch (TetriInfer, arXiv 2401.11181).
 
     Prompts: the ``group`` oldest are put in ``order`` and computed to the last before the next ones are looked at; a
-    batch is ``chunk_tokens`` of them end to end, so a chunk may end one prompt and begin the next. Decodes: first
-    come first served, while ``admission`` finds room. greedy: for the next token; reserve-static: for the predicted
-    output; reserve-dynamic: the same, counting the blocks that the running request predicted to end first will free
-    (and room for the next token now); commit (ours): the predicted output, beside what running ones are predicted to
-    take yet, which holds for KV that wants to come, too. These are gates: blocks are taken one by one, and when none is
-    left the latest is swapped out.
+    batch is ``chunk_tokens`` of them end to end (None: as many as saturate the GPU by the latency model), so a chunk
+    may end one prompt and begin the next. Decodes: KV is let in first come first served, and decodes at once, while
+    ``admission`` finds room beside it. greedy: for the next token; reserve-static: for the predicted output;
+    reserve-dynamic: the same, counting the blocks that the running request predicted to end first will free (and room
+    for the next token now); commit (ours): the predicted output, beside what the others are predicted to take yet.
+    These are gates: blocks are taken one by one, and when none is left the latest is swapped out.
     """
 
     def __init__(
         self,
-        chunk_tokens: int = 512,
+        chunk_tokens: int | None = 512,
         group: int = 16,
         order: Order = "sjf",
         admission: Admission = "reserve-dynamic",
@@ -44,7 +45,7 @@ class TwoPhase:
         if admission not in ADMISSIONS:
             raise ConfigError(f"system.admission is {admission!r}; it must be one of {', '.join(ADMISSIONS)}")
         for name, value in (("chunk_tokens", chunk_tokens), ("group", group)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"system.{name} is {value}; it must be a whole number >= 1")
         self.chunk_tokens = chunk_tokens
         self.group = group
@@ -61,6 +62,8 @@ class TwoPhase:
     def _chunk(self, batch: Batch) -> int:
         """One chunk of prompts under way, then of scheduled ones; its tokens."""
         used = 0
+        if self.chunk_tokens is None:
+            self.chunk_tokens = saturating_chunk(batch.seconds)
         for request in batch.prefilling:
             tokens = min(request.remaining_tokens, self.chunk_tokens - used)
             if tokens and batch.prefill(request, tokens):
@@ -91,52 +94,44 @@ class TwoPhase:
 
     def _decodes(self, batch: Batch) -> None:
         make_room(batch, "swap")
-        if not batch.preempted:
+        if not batch.preempted or not batch.num_running:
             swap_in(batch, 0)
-        for request in batch.arrived:
-            alone = not batch.num_running
-            if not alone and (batch.preempted or batch.swapped or not self._admits(batch, request)):
-                break
-            batch.welcome(request)
-            if alone:  # whatever the gate says, or nobody would ever run
-                make_room(batch, "swap")
+            welcome(batch)
+            make_room(batch, "swap")
         if batch.num_decodes:
             batch.decode()
 
-    def _admits(self, batch: Batch, request: RequestView) -> bool:
-        if batch.num_running >= batch.limits.max_num_seqs:
-            return False
-        size = batch.limits.block_size
-        free = batch.free_blocks - batch.blocks_to_grow
-        if _growth(request, 1, size) > free or self.admission == "greedy":
-            return _growth(request, 1, size) <= free
-        if self.admission == "reserve-dynamic":
-            free += _freed_next(batch)
-        elif self.admission == "commit":
-            free -= sum(_growth(other, other.predicted_output_tokens + 1, size) for other in batch.decoding)
-        return _growth(request, request.predicted_output_tokens + 1, size) <= free
-
     def lets_in(self, request: RequestView, blocks: int, replica: ReplicaView) -> bool:
-        """KV takes its blocks when it comes; what was committed is not for it."""
-        if self.admission != "commit":
-            return True
-        held = (request, *replica.running, *replica.landing)
-        size = replica.block_size
-        return blocks + sum(_growth(one, one.predicted_output_tokens + 1, size) for one in held) <= replica.free_blocks
+        """Nobody overtakes those who were swapped out."""
+        running, landing, size = replica.running, replica.landing, replica.block_size
+        if replica.num_swapped or len(running) + len(landing) >= replica.max_num_seqs:
+            return False
+        free = replica.free_blocks - blocks
+        predicted = _predicted_blocks(request, size) - blocks
+        if self.admission == "greedy":
+            return _blocks(request.input_tokens + 1, size) - blocks <= free
+        if self.admission == "reserve-dynamic":
+            first = min(running, key=lambda one: one.predicted_output_tokens - one.emitted_tokens, default=None)
+            freed = 0 if first is None else _taken(first, size)
+            return _blocks(request.input_tokens + 1, size) - blocks <= free and predicted <= free + freed
+        if self.admission == "commit":
+            free -= sum(max(0, _predicted_blocks(one, size) - _taken(one, size)) for one in running)
+            free -= sum(_predicted_blocks(one, size) - _blocks(one.input_tokens, size) for one in landing)
+        return predicted <= free
 
     def refuse(self, request: RequestView, total_tokens: int, total_blocks: int, limits: Limits) -> str | None:
         return refuse_groups(request) or refuse_if_full(total_tokens, total_blocks, 0, limits)
 
 
-def _growth(request: RequestView, output_tokens: int, block_size: int) -> int:
-    """Blocks beyond those of its KV now, when it has so many output tokens."""
-    stored = request.input_tokens + request.emitted_tokens - 1
-    return max(0, -(-(request.input_tokens + output_tokens) // block_size) + stored // -block_size)
+def _blocks(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
 
 
-def _freed_next(batch: Batch) -> int:
-    """Blocks of the running request with the fewest tokens to come, as predicted (overdue ones have less than none)."""
-    first = min(batch.decoding, key=lambda other: other.predicted_output_tokens - other.emitted_tokens, default=None)
-    if first is None:
-        return 0
-    return -(-(first.input_tokens + first.emitted_tokens - 1) // batch.limits.block_size)
+def _predicted_blocks(request: RequestView, block_size: int) -> int:
+    """At its end."""
+    return _blocks(request.input_tokens + request.predicted_output_tokens + 1, block_size)
+
+
+def _taken(request: RequestView, block_size: int) -> int:
+    """By a running request, for the token under way too."""
+    return _blocks(request.input_tokens + request.emitted_tokens, block_size)

@@ -2,9 +2,9 @@
 
 Rules that make the collapsed and the step-by-step engine agree on every tie: whatever comes from outside a
 replica at instant t (KV delivery, fault) runs at priority ``OUTSIDE``, before any iteration boundary at t; the
-arrival of request number n runs at priority ``ARRIVAL + n``, before these, so that a replay of what arrived
-breaks ties alike whatever caused the arrivals; boundaries of replica number n run at priority ``BOUNDARY + n``; and what a boundary causes
-elsewhere happens one tick later at the earliest.
+arrival of request number n runs at ``ARRIVAL + n``, before these, so that a replay of what arrived breaks ties
+alike, whatever had caused the arrivals; boundaries of replica number n run at priority ``BOUNDARY + n``; and what
+a boundary causes elsewhere happens one tick later at the earliest.
 """
 
 from __future__ import annotations
@@ -60,6 +60,15 @@ class Clock:
     def nothing_else_now(self) -> bool:
         """No other alarm is due at this very instant."""
         return not self._queue or self._queue[0][0] > self._env._now
+
+    @property
+    def due_ps(self) -> int | None:
+        """When the next alarm is due."""
+        return self._queue[0][0] if self._queue else None
+
+    def ring(self) -> None:
+        """The next alarm, at its own time."""
+        self._env.step()
 
     def nothing_left(self) -> bool:
         """No alarm is due at any time."""

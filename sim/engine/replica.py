@@ -151,6 +151,14 @@ class ReplicaState:
         return here - self._num_prefilling + len(self.inbox) + len(self.arriving)
 
     @property
+    def num_swapped(self) -> int:
+        return len(self.swapped)
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.limits.max_num_seqs
+
+    @property
     def num_departing(self) -> int:
         return len(self.departing)
 

@@ -18,6 +18,7 @@ from sim.engine.batch import Draft
 from sim.engine.changes import Changes
 from sim.engine.clock import ARRIVAL, BOUNDARY, Alarm, Clock
 from sim.engine.flight import extend, launch, reoccupy_stages
+from sim.engine.hardware import Hardware
 from sim.engine.job import Job, block_hashes
 from sim.engine.links import Links
 from sim.engine.moves import Moves
@@ -52,19 +53,21 @@ def simulate(
     step_by_step: bool = False,
     until_s: float | None = None,
     progress: Callable[[int], None] | None = None,
+    hardware: Hardware | None = None,
 ) -> Result:
     """Replay the source's requests on the problem's cluster under a system.
 
     ``plan`` replaces the one the system's planner would make, ``predictor`` the system's own (else the mean of the
     problem's workload). ``step_by_step`` runs every iteration as its own
     event: slower, and by law equal in every time. ``until_s`` cuts the run off; ``progress`` gets the number
-    of finished requests every thousand. Raises ``ConfigError`` for input that cannot be simulated,
-    ``PolicyError`` for an illegal proposal, ``StalledError`` if requests are left and nothing can happen.
+    of finished requests every thousand. ``hardware`` computes and carries for real, step by step. Raises
+    ``ConfigError`` for input that cannot be simulated, ``PolicyError`` for an illegal proposal, ``StalledError`` if
+    requests are left and nothing can happen.
     """
     problem = replace(problem, limits=system.limits)
     plan = plan if plan is not None else system.planner.plan(problem)
     check_plan(plan, problem)
-    engine = Engine(problem, system, plan, predictor or system.predictor, step_by_step, progress)
+    engine = Engine(problem, system, plan, predictor or system.predictor, step_by_step, progress, hardware)
     started_s = time.perf_counter()
     engine.run(source, events, None if until_s is None else to_ps(until_s))
     result = engine.result(time.perf_counter() - started_s)
@@ -83,14 +86,16 @@ class Engine:
         predictor: Predictor | None,
         step_by_step: bool,
         progress: Callable[[int], None] | None,
+        hardware: Hardware | None = None,
     ) -> None:
         self.problem = problem
         self.system = system
         self.predictor = predictor
-        self.step_by_step = step_by_step
+        self.step_by_step = step_by_step or hardware is not None
+        self.hardware = hardware
         self.progress = progress
-        self.clock = Clock()
-        self.links = Links(self.clock, problem.cluster)
+        self.clock = Clock() if hardware is None else hardware.clock
+        self.links = hardware or Links(self.clock, problem.cluster)
         self.rows = Recorder()
         self.cost = system.cost(problem.cost)
         router_rng, change_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(problem.seed).spawn(2))
@@ -236,12 +241,21 @@ class Engine:
             self._arm(replica, flight)
 
     def _arm(self, replica: ReplicaState, flight: Flight) -> None:
+        if self.hardware is not None:
+            self.hardware.compute(replica, flight, self._boundary)
+            return
         if flight.alarm is not None:
             flight.alarm.cancel()
         end_ps = flight.boundary_ps(flight.iterations)
         flight.alarm = self.clock.at(end_ps, self._boundary, (replica, flight), BOUNDARY + replica.number)
 
     def _dispatch(self, replica: ReplicaState, now_ps: int) -> None:
+        """Let the replica go on, and look whether KV that waits for room here may come in."""
+        self._fill_lanes(replica, now_ps)
+        if replica.inbox and (replica.inbox[0].blocks <= replica.ledger.free or replica.only_holds):
+            self.clock.at(now_ps + 1, self.moves.let_in, replica)
+
+    def _fill_lanes(self, replica: ReplicaState, now_ps: int) -> None:
         """Fill free lanes with batches; a batch alone in flight may repeat itself."""
         if not (replica.waiting or replica.running or replica.arrived or replica.swapped):
             return
@@ -292,8 +306,6 @@ class Engine:
             if not job.remaining_tokens:
                 self._emit_first(replica, job, now_ps)
         self._dispatch(replica, now_ps)
-        if replica.inbox and (replica.inbox[0].blocks <= replica.ledger.free or replica.only_holds):
-            self.clock.at(now_ps + 1, self.moves.let_in, replica)
         if replica.retiring:
             self.changes.maybe_drained(replica)
 

@@ -22,6 +22,7 @@ HEAVY_DECODE_TOKENS = 128
 PREDICTOR_SHARE = 0.1
 """Of the prefill's time: the predictor is about ten times as fast as the model it predicts."""
 FLIP_TICK_S = 1.0
+DEFAULT_CHUNK = 512
 Dispatch = Literal["power-of-two", "random"]
 
 
@@ -188,7 +189,7 @@ FLIPS = {"idle": 0.0, "load": 0.1}
 
 
 def tetriinfer(
-    chunk_tokens: int = 512,
+    chunk_tokens: int | Literal["auto"] = DEFAULT_CHUNK,
     group: int = 16,
     order: Order = "sjf",
     admission: Admission = "reserve-dynamic",
@@ -206,12 +207,13 @@ def tetriinfer(
 ) -> System:
     """TetriInfer: prompts in fixed chunks, decodes placed and admitted by their predicted lengths, roles that flip.
 
-    ``chunk_tokens``: where prefill saturates (512 for OPT-13B on the authors' GPU); prompts are put in ``order`` (fcfs,
-    sjf, ljf) within a ``group``. Lengths are predicted in ranges of ``bucket_tokens``, right with ``accuracy``, drawn
-    by ``seed`` and request; the predictor adds ``predictor_share`` to prompt steps. ``admission``: greedy,
-    reserve-static, reserve-dynamic, or commit. ``dispatch``: power-of-two or random. Loads are known ``monitor_s``
-    late. ``flip``: idle (no work for ``flip_window_s``) or load (hardly any). ``transfer``: request (KV is sent when
-    the prompt is done, and the decode instance chosen then), or chunk (chosen on arrival; KV leaves chunk by chunk).
+    ``chunk_tokens``: where prefill saturates (512 for OPT-13B on the authors' GPU; auto: by the latency model). Prompts
+    are put in ``order`` (fcfs, sjf, ljf) within a ``group``. Lengths are predicted in ranges of ``bucket_tokens``,
+    right with ``accuracy``, drawn by ``seed`` and request; the predictor adds ``predictor_share`` to prompt steps.
+    ``admission``: greedy, reserve-static, reserve-dynamic, or commit. ``dispatch``: power-of-two or random. Loads are
+    known ``monitor_s`` late. ``flip``: idle (no work for ``flip_window_s``) or load (hardly any). ``transfer``: request
+    (KV is sent when the prompt is done, and the decode instance chosen then), or chunk (chosen on arrival; KV leaves
+    chunk by chunk).
     """
     if transfer not in ("request", "chunk"):
         raise ConfigError(f"system.transfer is {transfer!r}; it must be request or chunk")
@@ -225,8 +227,12 @@ def tetriinfer(
             f"flip_window_s {flip_window_s} at least {FLIP_TICK_S:g}"
         )
 
+    if isinstance(chunk_tokens, str) and chunk_tokens != "auto":
+        raise ConfigError(f"system.chunk_tokens is {chunk_tokens!r}; it must be a whole number >= 1, or auto")
+    chunk = None if chunk_tokens == "auto" else chunk_tokens
+
     def sending() -> Transfer:
-        return ChunkByChunk(chunk_tokens) if transfer == "chunk" else Whole()
+        return ChunkByChunk(chunk or DEFAULT_CHUNK) if transfer == "chunk" else Whole()
 
     def flipping() -> Rescheduler:
         return RestorePlan() if flip is None else FlipIdle(FLIPS[flip], flip_window_s)
@@ -236,10 +242,10 @@ def tetriinfer(
         mirrors="TetriInfer (arXiv 2401.11181v1, January 2024), from its abstract and notes of readers",
         planner=Split(prefill=Pool.of(prefill, "prefill"), decode=Pool.of(decode, "decode")),
         router=lambda: TwoLevels(monitor_s, dispatch, at_once=transfer == "chunk"),
-        batcher=lambda role: TwoPhase(chunk_tokens, group, order, admission),
+        batcher=lambda role: TwoPhase(chunk, group, order, admission),
         transfer=sending,
         rescheduler=flipping,
-        limits=Limits(max_num_batched_tokens=chunk_tokens),
-        cost=lambda step: PaddedChunks(inner=step, chunk_tokens=chunk_tokens, prompt_factor=1 + predictor_share),
+        limits=Limits(max_num_batched_tokens=chunk or DEFAULT_CHUNK),
+        cost=lambda step: PaddedChunks(inner=step, chunk_tokens=chunk, prompt_factor=1 + predictor_share),
         predictor=LengthRange(bucket_tokens, accuracy, seed),
     )
