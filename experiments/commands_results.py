@@ -32,19 +32,28 @@ def export(
         Path | None, typer.Option(metavar="FILE", help="the JSON of 'vllm bench serve'; needs 'run --tokens'")
     ] = None,
     goodput: Goodput = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="its requests as a trace (.csv, .parquet): replayed, it gives the same run"),
+    ] = None,
 ) -> None:
-    """Write a saved run in the formats of other tools."""
+    """Write a saved run in the formats of other tools, or as a trace."""
     from experiments import vllm_bench as bench
     from experiments.perfetto import write_trace
     from experiments.plots.gallery import slo_of
+    from experiments.request_log import requests_of
     from experiments.rundir import read_run
     from sim.types import ConfigError
+    from traces import write
 
-    if perfetto is None and vllm_bench is None:
-        raise ConfigError("export: nothing to write; give --perfetto FILE or --vllm-bench FILE")
+    if perfetto is None and vllm_bench is None and trace is None:
+        raise ConfigError("export: nothing to write; give --perfetto FILE, --vllm-bench FILE or --trace FILE")
     slo = bench.goodput_slo(goodput) if goodput else None
     run = read_run(run_dir)
     kept = bench.of_run(run) if vllm_bench is not None else None
+    if trace is not None:
+        write(trace, requests_of(run))
+        print(trace)
     if perfetto is not None:
         write_trace(perfetto, run)
         print(perfetto)

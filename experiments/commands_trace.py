@@ -1,4 +1,4 @@
-"""``phasewise trace stats | convert | generate | fetch``: traces without a simulation."""
+"""``phasewise trace stats | convert | generate | workload | fetch``: traces without a simulation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ Seed = Annotated[int, typer.Option(help="seed of drawn arrivals and lengths")]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="file to write: .csv or .parquet")]
 Arrivals = Annotated[str, typer.Option(help="poisson, constant, gamma, bursts or ramp")]
 Cv = Annotated[float | None, typer.Option(help="coefficient of variation of gamma arrivals")]
+TokenSeconds = Annotated[
+    float, typer.Option(help="of turns and clients that wait: how long an answer takes, per output token")
+]
 Setting = Annotated[
     list[str] | None,
     typer.Option("--arrival", metavar="KEY=SECONDS", help="of bursts: on_s, off_s; of ramp: start_rate_per_s, ramp_s"),
@@ -108,6 +111,16 @@ def generate(
         str, typer.Option(metavar="LENGTHS", help="output tokens: {fixed: 128}, {uniform: [1, 256]} ...")
     ] = "{mean: 211, median: 129}",
     rank_correlation: Annotated[float, typer.Option(help="of input and output tokens")] = 0.0,
+    turns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTHS",
+            help="draw conversations of so many turns, {uniform: [1, 8]}: "
+            "--requests and --rate then count conversations, --input a turn's new text",
+        ),
+    ] = None,
+    think_s: Annotated[float, typer.Option(help="mean time between an answer and the next turn")] = 0.0,
+    token_s: TokenSeconds = 0.03,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -116,12 +129,30 @@ def generate(
         "requests": requests,
         "input": _yaml("--input", input_),
         "output": _yaml("--output", output),
+        "turns": None if turns is None else _yaml("--turns", turns),
         "rank_correlation": rank_correlation,
     }
     stream = _stream(
-        None, seed=seed, generate=spec, rate=rate, arrivals=arrivals, cv=cv, arrival_options=_settings(arrival)
-    )
-    _write(out, stream, quiet)
+        None, seed=seed, generate=spec, rate=rate, arrivals=arrivals, cv=cv, arrival_options=_settings(arrival),
+        sessions=None if turns is None else {"think_s": think_s},
+    )  # fmt: skip
+    _write(out, stream, quiet, token_s)
+
+
+@app.command()
+def workload(
+    scenario: Annotated[Path, typer.Argument(metavar="SCENARIO", help="scenario file (YAML)")],
+    out: Target,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a field")] = None,
+    token_s: TokenSeconds = 0.03,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a scenario's workload asks: a mix of classes, sessions, bursts, whatever it says."""
+    from experiments.requests import RequestStream
+    from experiments.scenario import Scenario
+
+    spec = Scenario.load(scenario, set_ or ())
+    _write(out, RequestStream(spec.workload, seed=spec.seed, max_model_len=None), quiet, token_s)
 
 
 @app.command()
@@ -146,7 +177,7 @@ def _stream(trace: str | None, *, seed: int = 0, **fields: Any) -> RequestStream
 
     from experiments.complaints import first_fault
     from experiments.requests import RequestStream
-    from experiments.scenario import WorkloadSpec
+    from experiments.workload import WorkloadSpec
     from sim.types import ConfigError
 
     try:
@@ -156,11 +187,14 @@ def _stream(trace: str | None, *, seed: int = 0, **fields: Any) -> RequestStream
     return RequestStream(workload, seed=seed, max_model_len=None)
 
 
-def _write(out: Path, stream: RequestStream, quiet: bool) -> None:
+def _write(out: Path, stream: RequestStream, quiet: bool, token_s: float = 0.03) -> None:
+    """Requests that wait for answers arrive as if each answer took ``token_s`` per token."""
     from experiments.progress import Log
-    from traces import write
+    from traces import unroll, write
 
-    written = write(out, stream)
+    spec = stream.workload
+    waits = spec.closed_loop is not None or spec.sessions is not None
+    written = write(out, unroll(stream.source(), token_s) if waits else stream)
     Log(quiet).say(f"wrote {written:,} requests to {out} ({stream.skipped:,} without tokens left out)")
 
 

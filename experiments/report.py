@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sim.metrics import LATENCIES
 
@@ -115,12 +116,28 @@ def print_run(summary: Summary) -> None:
         shown = label.upper() if label in ("ttft", "tpot", "e2e") else label
         table.add_row(f"{shown} (s)", *("-" if cell is None else f"{cell:.4f}" for cell in cells))
     console.print(table)
+    if summary["classes"]:
+        console.print(_class_table(summary))
     totals = Table(box=None, show_header=False)
     for metric in METRICS[6:]:
         totals.add_row(metric.name, metric.text(metric.value(summary)))
     console.print(totals)
     for note in notes(summary):
         console.print(note, highlight=False, markup=False)
+
+
+def _class_table(summary: Summary) -> Table:
+    """Each class of requests against its own SLO."""
+    metrics = [metric for metric in METRICS if metric.keys[0] in ("ttft_s", "tpot_s", "e2e_s")]
+    metrics += [metric for metric in METRICS if metric.keys == ("slo", "attainment")]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("class")
+    for column in ("requests", *(metric.name for metric in metrics)):
+        table.add_column(column, justify="right")
+    for name, part in summary["classes"].items():
+        cells = (metric.text(metric.value(part)) for metric in metrics)
+        table.add_row(Text(name), f"{part['requests']:,}", *cells)
+    return table
 
 
 def notes(summary: Summary) -> list[str]:

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError, validate_call
 
 from calibrate.profile_file import read_profile, shipped_profiles
 from experiments.complaints import first_fault
 from experiments.requests import RequestStream
-from experiments.scenario import EventSpec, OverheadSpec, Scenario, SystemSpec
+from experiments.scenario import EventSpec, OverheadSpec, Scenario, SloSpec, SystemSpec
 from sim.cluster import Cluster, did_you_mean, gpu, gpus
 from sim.cost import Fitted, Overhead, Profile, Roofline, StepCost
 from sim.engine import simulate
@@ -34,10 +36,12 @@ from sim.predictors import ConstantLength, TrueLength
 from sim.record import Result
 from sim.systems import SYSTEMS
 from sim.types import ClusterEvent, ConfigError, Slo
-from traces import TraceSource, read_events
+from traces import read_events
 
 SAMPLED_REQUESTS = 2000
 """How many of the first requests planners and predictors may know the lengths of."""
+ASSUMED_ANSWER_S = 10.0
+"""How long a closed loop's answers take, for planners: they want a rate before anything has run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,7 @@ class Setup:
             return simulate(
                 self.problem,
                 self.system,
-                TraceSource(self.requests),
+                self.requests.source(),
                 events=self.events,
                 predictor=self.predictor,
                 step_by_step=step_by_step,
@@ -79,7 +83,7 @@ class Setup:
                 "max_model_len": longest,
             },
             "skipped": self.requests.skipped,
-            "rate_per_s": self.problem.workload.rate_per_s,
+            "rate_per_s": self._rate_per_s(result),
         }
         return {
             **figures,
@@ -89,6 +93,12 @@ class Setup:
             "predictor": self.predictor.name,
             "seed": self.problem.seed,
         }
+
+    def _rate_per_s(self, result: Result) -> float:
+        """What the workload says, or what came of it where requests wait for answers."""
+        if self.scenario.workload.closed_loop is None and self.scenario.workload.sessions is None:
+            return self.problem.workload.rate_per_s
+        return _rate_per_s(np.sort(result.columns["arrival_s"]).tolist())
 
 
 def resolve(scenario: Scenario) -> Setup:
@@ -107,9 +117,9 @@ def resolve(scenario: Scenario) -> Setup:
         problem = Problem(
             cluster=cluster,
             model=the_model,
-            cost=build_cost(scenario.latency, scenario.overhead),
+            cost=build_cost(scenario.latency, scenario.overhead, scenario.accept_error),
             workload=workload,
-            slo=Slo(**scenario.slo.model_dump()),
+            slo=build_slo(scenario.slo),
             limits=system.limits,
             seed=scenario.seed,
         )
@@ -134,15 +144,21 @@ def build_system(spec: SystemSpec) -> System:
     if spec.name not in SYSTEMS:
         raise ConfigError(f"system.name: {did_you_mean(spec.name, SYSTEMS)}")
     factory = SYSTEMS[spec.name]
-    known = inspect.signature(factory).parameters
+    known = system_options(factory)
     for option in spec.options:
         if option not in known:
             raise ConfigError(f"system.{option}: the key {did_you_mean(option, [*known, 'engine', 'name'])}")
+    given = {"simulate": simulate} if "simulate" in inspect.signature(factory).parameters else {}
     try:
-        system = validate_call(factory)(**spec.options)
+        system = validate_call(factory)(**spec.options, **given)
     except ValidationError as error:
         raise ConfigError(f"system.{first_fault(error)}") from None
     return system.with_limits(replace(system.limits, **spec.engine.model_dump(exclude_none=True)))
+
+
+def system_options(factory: Callable[..., System]) -> list[str]:
+    """What a scenario may set; ``simulate`` is given by us, to planners that search by simulation."""
+    return [name for name in inspect.signature(factory).parameters if name != "simulate"]
 
 
 def known_workload(requests: RequestStream) -> Workload:
@@ -150,9 +166,20 @@ def known_workload(requests: RequestStream) -> Workload:
     head = list(islice(requests, SAMPLED_REQUESTS))
     if not head:
         raise ConfigError("workload: it has no requests; widen start_s and end_s, or name another trace")
-    span_s = head[-1].arrival_s - head[0].arrival_s
-    rate_per_s = (len(head) - 1) / span_s if span_s > 0 else float(len(head))
+    loop = requests.workload.closed_loop
+    arrivals_s = [item.arrival_s for item in head]
+    rate_per_s = _rate_per_s(arrivals_s) if loop is None else loop.clients / (loop.think_s + ASSUMED_ANSWER_S)
     return Workload(rate_per_s=rate_per_s, lengths=tuple((item.input_tokens, item.output_tokens) for item in head))
+
+
+def _rate_per_s(arrivals_s: Sequence[float]) -> float:
+    span_s = arrivals_s[-1] - arrivals_s[0] if arrivals_s else 0.0
+    return (len(arrivals_s) - 1) / span_s if span_s > 0 else float(len(arrivals_s))
+
+
+def build_slo(spec: SloSpec) -> Slo:
+    classes = {name: Slo(**own.model_dump()) for name, own in spec.classes.items()}
+    return Slo(**spec.model_dump(exclude={"classes"}), classes=classes)
 
 
 def build_predictor(name: str | None, workload: Workload, system: System) -> Predictor:
@@ -171,12 +198,32 @@ def build_events(events: str | tuple[EventSpec, ...] | None) -> tuple[ClusterEve
     return tuple(ClusterEvent(**event.model_dump()) for event in events or ())
 
 
-def build_cost(latency: str | Mapping[str, str] | None, overhead: OverheadSpec | None = None) -> StepCost:
-    """Step times: all shipped profiles, one named, one per GPU type, or the roofline alone."""
+def build_cost(
+    latency: str | Mapping[str, str] | None, overhead: OverheadSpec | None = None, accept_error: float = inf
+) -> StepCost:
+    """Step times: all shipped profiles, one named, one per GPU type, or the roofline alone.
+
+    ``ConfigError`` if a profile that is named states a mean held-out error of an operator above ``accept_error``.
+    """
     if latency == "roofline" and overhead is None:
         return Roofline()
-    engine = None if overhead is None else Overhead(step_s=overhead.step_s, sequence_s=overhead.sequence_s)
-    return Fitted(profiles=tuple(_profiles(latency)), overhead=engine)
+    engine = None
+    if overhead is not None:
+        engine = Overhead(step_s=overhead.step_s, sequence_s=overhead.sequence_s, overlapped=overhead.async_scheduling)
+    profiles = tuple(_profiles(latency))
+    for profile in profiles if latency is not None else ():
+        _check_error(profile, accept_error)
+    return Fitted(profiles=profiles, overhead=engine)
+
+
+def _check_error(profile: Profile, accept_error: float) -> None:
+    for part in profile.parts:
+        for operator, held in part.held_out.items():
+            if held.mape > accept_error:
+                raise ConfigError(
+                    f"latency: profile {profile.name}: {operator} is {held.mape:.0%} off where the fit did not see the "
+                    f"times, over accept_error, {accept_error:.0%}; measure anew, or raise accept_error"
+                )
 
 
 def _profiles(latency: str | Mapping[str, str] | None) -> list[Profile]:
@@ -205,14 +252,16 @@ def _profile(place: str, name: str) -> Profile:
 
 
 def _only_on(kind: str, name: str, profile: Profile) -> Profile:
-    """The profile's entries and kernel tables of one GPU type."""
-    entries = tuple(replace(entry, gpus=(kind,)) for entry in profile.entries if kind in entry.gpus)
-    kernels = tuple(replace(tables, gpus=(kind,)) for tables in profile.kernels if kind in tables.gpus)
-    if not entries and not kernels:
-        parts = [part.gpus for part in profile.entries] + [part.gpus for part in profile.kernels]
-        has = sorted({gpu for gpus_of_part in parts for gpu in gpus_of_part})
+    """What the profile has of one GPU type."""
+    if not any(kind in part.gpus for part in profile.parts):
+        has = sorted({gpu for part in profile.parts for gpu in part.gpus})
         raise ConfigError(f"latency.{kind}: the profile {name} has no entry for it; it has {', '.join(has)}")
-    return replace(profile, entries=entries, kernels=kernels)
+    return replace(
+        profile,
+        entries=tuple(replace(entry, gpus=(kind,)) for entry in profile.entries if kind in entry.gpus),
+        kernels=tuple(replace(tables, gpus=(kind,)) for tables in profile.kernels if kind in tables.gpus),
+        polynomials=tuple(replace(form, gpus=(kind,)) for form in profile.polynomials if kind in form.gpus),
+    )
 
 
 @contextmanager
@@ -221,8 +270,8 @@ def _named(scenario: Scenario) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        text, trace = str(error), scenario.workload.trace
-        if trace and text.startswith(trace):
+        text = str(error)
+        if any(stream.trace and text.startswith(stream.trace) for stream in scenario.workload.streams.values()):
             raise
         if text.startswith("system."):
             text = scenario.system_place + text.removeprefix("system")

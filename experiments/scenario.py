@@ -1,5 +1,7 @@
 """The scenario file: what it may say, and how it is read and checked. ``resolve.py`` builds what it describes.
 
+What its ``workload`` may say is in ``workload.py``; ``docs/scenario.md`` lists every key.
+
 ``Scenario.load(path)`` for a file, ``Scenario.of(mapping)`` for a dict, ``Scenario(...)`` for Python objects. The
 first two raise ``ConfigError`` with one line that names file, field, value and mend.
 """
@@ -11,34 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from experiments.complaints import first_fault, nested_fault
 from experiments.overrides import apply
+from experiments.part import Count, NonNegative, Part, Positive, Share
+from experiments.workload import WorkloadSpec
+from sim.cluster import did_you_mean
 from sim.types import ConfigError
 from traces.events import NEEDS
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "float16", "bfloat16", "float8", "int8"]
-
-
-class Part(BaseModel):
-    """A mapping of the file. Unknown keys are errors that name the nearest key there is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
-            for key in data:
-                if key not in cls.model_fields:
-                    raise PydanticCustomError("unknown_key", "{key}", {"key": key, "known": list(cls.model_fields)})
-        return data
 
 
 # ---------------------------------------------------------------- cluster
@@ -47,148 +33,123 @@ class Part(BaseModel):
 class NodeSpec(Part):
     """One row of equal machines."""
 
-    gpu: str = Field(description="GPU type of the catalogue (phasewise gpus)")
-    count: Count = Field(description="GPUs per machine")
-    nodes: Count = Field(default=1, description="machines in this row")
-    region: str = "default"
-    name: str | None = Field(default=None, description="default: n0, n1, ... by position")
-    nic_gbps: NonNegative | None = Field(
-        default=None, description="network port of each machine; default: links.inter_node"
+    gpu: str = Field(description="GPU type of the catalogue ('phasewise gpus')", examples=["A100-80G-SXM"])
+    count: Count = Field(description="GPUs per machine", examples=[8])
+    nodes: Count = Field(default=1, description="machines in this row", examples=[2])
+    region: str = Field(
+        default="default", description="machines of different regions talk over inter_region", examples=["east"]
     )
-    usd_per_hour: NonNegative | None = Field(default=None, description="price of one GPU, in place of the catalogue's")
-    usd_per_hour_spot: NonNegative | None = None
+    name: str | None = Field(
+        default=None,
+        description="with several machines a number is put behind it; null: n0, n1, ... by position",
+        examples=["big"],
+    )
+    nic_gbps: NonNegative | None = Field(
+        default=None, description="network port of each machine, each way; null: links.inter_node", examples=[400]
+    )
+    usd_per_hour: NonNegative | None = Field(
+        default=None, description="price of one GPU; null: the catalogue's", examples=[2.5]
+    )
+    usd_per_hour_spot: NonNegative | None = Field(
+        default=None, description="its price as a spot instance; null: the catalogue's", examples=[1.1]
+    )
 
 
 class LinkSpec(Part):
-    """gbps = 1e9 bits/s, each way."""
+    """A connection. gbps = 1e9 bits/s, each way."""
 
-    gbps: NonNegative
-    latency_us: NonNegative = 0.0
+    gbps: NonNegative = Field(description="bandwidth each way; 0: no connection", examples=[200])
+    latency_us: NonNegative = Field(default=0.0, description="one-way latency", examples=[10])
 
 
 class PairSpec(LinkSpec):
-    """A dedicated line from node ``a`` to node ``b``."""
+    """A dedicated line from node ``a`` to node ``b``; for both directions give two."""
 
-    a: str
-    b: str
+    a: str = Field(description="name of the node that sends", examples=["n0"])
+    b: str = Field(description="name of the node that receives", examples=["n1"])
 
 
 class LinksSpec(Part):
-    inter_node: LinkSpec | None = Field(default=None, description="network port of each machine, shared by its traffic")
-    inter_region: LinkSpec | None = Field(default=None, description="line of each ordered pair of regions")
-    intra_node: LinkSpec | None = Field(
-        default=None, description="peer link of each GPU, in place of its NVLink or PCIe"
+    """What joins the machines, and the GPUs in them."""
+
+    inter_node: LinkSpec | None = Field(
+        default=None,
+        description="network port of each machine, shared by its traffic; null: machines of a region have no link",
+        examples=[{"gbps": 200, "latency_us": 10}],
     )
-    pairs: tuple[PairSpec, ...] = ()
+    inter_region: LinkSpec | None = Field(
+        default=None,
+        description="line of each ordered pair of regions; null: regions have no link",
+        examples=[{"gbps": 5, "latency_us": 20000}],
+    )
+    intra_node: LinkSpec | None = Field(
+        default=None,
+        description="peer link of each GPU; null: its NVLink or PCIe by the catalogue",
+        examples=[{"gbps": 2400, "latency_us": 2}],
+    )
+    pairs: tuple[PairSpec, ...] = Field(
+        default=(), description="dedicated lines between two machines", examples=[[{"a": "n0", "b": "n1", "gbps": 400}]]
+    )
 
 
 class ClusterSpec(Part):
-    nodes: Annotated[tuple[NodeSpec, ...], Field(min_length=1)]
-    links: LinksSpec = LinksSpec()
-    pricing: Literal["on_demand", "spot"] = "on_demand"
+    """The machines, what joins them, and which of their prices counts."""
 
-
-# ---------------------------------------------------------------- workload
-
-
-class LengthsSpec(Part):
-    """A distribution of token counts: one of fixed, uniform, mean with median (lognormal), or quantiles."""
-
-    fixed: Count | None = None
-    uniform: tuple[Count, Count] | None = None
-    mean: Positive | None = None
-    median: Positive | None = None
-    max: Count | None = Field(default=None, description="cut of the lognormal distribution")
-    quantiles: tuple[tuple[NonNegative, Positive], ...] | None = Field(
-        default=None, description="(share, tokens) from 0 to 1"
+    nodes: Annotated[tuple[NodeSpec, ...], Field(min_length=1)] = Field(
+        description="rows of equal machines", examples=[[{"gpu": "A100-80G-SXM", "count": 8, "nodes": 2}]]
     )
-
-    @model_validator(mode="after")
-    def _one_form(self) -> LengthsSpec:
-        given = {name for name in LengthsSpec.model_fields if getattr(self, name) is not None}
-        if given not in ({"fixed"}, {"uniform"}, {"quantiles"}, {"mean", "median"}, {"mean", "median", "max"}):
-            raise ValueError(f"{sorted(given)} given; set one of fixed, uniform, quantiles, or mean and median")
-        return self
-
-
-class GenerateSpec(Part):
-    """Requests out of distributions; ``workload.rate`` and ``arrivals`` say when they come."""
-
-    requests: Count
-    input: LengthsSpec
-    output: LengthsSpec
-    rank_correlation: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)] = 0.0
-
-
-class WorkloadSpec(Part):
-    """A trace, or generated requests; then, in this order: slice, limit, time_scale, rate, too_long."""
-
-    trace: str | None = Field(default=None, description="a trace file; 'sample' or nothing: the sample that is shipped")
-    generate: GenerateSpec | None = None
-    format: str | None = Field(default=None, description="trace format; guessed where unambiguous")
-    format_options: dict[str, Any] = Field(
-        default={}, description="block_tokens, time_unit: of the formats that have them"
+    links: LinksSpec = Field(
+        default=LinksSpec(), description="what joins the machines", examples=[{"inter_node": {"gbps": 200}}]
     )
-    sort: bool = Field(default=False, description="order the trace by arrival (holds it in memory)")
-    start_s: NonNegative = 0.0
-    end_s: Positive | None = None
-    limit: Count | None = Field(default=None, description="the first N requests")
-    time_scale: Positive | None = Field(default=None, description="stretches every interval: 2 halves the rate")
-    rate: Positive | None = Field(default=None, description="requests/s: arrivals are drawn anew")
-    arrivals: Literal["poisson", "constant", "gamma", "bursts", "ramp"] = Field(
-        default="poisson", description="how, if rate is given"
+    pricing: Literal["on_demand", "spot"] = Field(
+        default="on_demand", description="which price of the GPUs counts", examples=["spot"]
     )
-    arrival_options: dict[str, Positive] = Field(
-        default={}, description="bursts: on_s, off_s; ramp: start_rate_per_s, ramp_s"
-    )
-    cv: Positive | None = Field(default=None, description="coefficient of variation of gamma arrivals")
-    too_long: Literal["reject", "truncate", "error"] = Field(default="reject", description="over the model's context")
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> WorkloadSpec:
-        if self.generate is not None:
-            if self.trace is not None:
-                raise ValueError("both trace and generate are given; drop one")
-            if self.rate is None:
-                raise ValueError("generate needs a rate; set workload.rate (requests/s)")
-        if (self.cv is not None) != (self.arrivals == "gamma"):
-            raise ValueError("cv belongs to arrivals: gamma, and gamma needs it; set both or neither")
-        if self.arrivals != "poisson" and self.rate is None:
-            raise ValueError(f"arrivals: {self.arrivals} needs a rate; set workload.rate (requests/s)")
-        if self.end_s is not None and self.end_s <= self.start_s:
-            raise ValueError(f"end_s {self.end_s:g} must be greater than start_s {self.start_s:g}")
-        return self
 
 
 # ---------------------------------------------------------------- system and the rest
 
 
 class OverheadSpec(Part):
-    """Seconds of processor time per step, and per sequence in it; 0 under asynchronous scheduling."""
+    """What the serving engine's processor does for a step: in addition, or beside the GPU's work on the last one."""
 
-    step_s: NonNegative = 0.0
-    sequence_s: NonNegative = 0.0
+    step_s: NonNegative = Field(default=0.0, description="per step", examples=[0.002])
+    sequence_s: NonNegative = Field(default=0.0, description="per sequence in the step", examples=[0.00002])
+    async_scheduling: bool = Field(
+        default=False,
+        description="a step takes the longer of this and its kernels, not the sum (vLLM: the default from 0.14 on)",
+        examples=[True],
+    )
 
 
 class EngineSpec(Part):
-    """The serving engine's settings, under vLLM's names; what is absent is the system's default."""
+    """The serving engine's settings, under vLLM's names; null: the system's default."""
 
-    max_num_seqs: Count | None = None
-    max_num_batched_tokens: Count | None = None
-    block_size: Count | None = None
-    prefix_caching: bool | None = None
-    gpu_memory_utilization: Share | None = None
-    num_kv_blocks: Count | None = Field(default=None, description="overrides what follows from the memory")
-    max_model_len: Count | None = None
+    max_num_seqs: Count | None = Field(default=None, description="most sequences in a step", examples=[256])
+    max_num_batched_tokens: Count | None = Field(default=None, description="most tokens in a step", examples=[2048])
+    block_size: Count | None = Field(default=None, description="tokens in a KV block", examples=[16])
+    prefix_caching: bool | None = Field(
+        default=None, description="keep the KV of prompts that may be repeated", examples=[True]
+    )
+    gpu_memory_utilization: Share | None = Field(
+        default=None, description="share of the GPU's memory for weights, activations and KV", examples=[0.9]
+    )
+    num_kv_blocks: Count | None = Field(
+        default=None, description="KV blocks of a replica, in place of what follows from the memory", examples=[4096]
+    )
+    max_model_len: Count | None = Field(
+        default=None, description="longest input and output together; null: the model's", examples=[8192]
+    )
 
 
 class VariantSpec(Part):
-    """A system and its options: the keyword parameters of its factory (``phasewise systems``)."""
+    """A system and its options; every key beside these is an option (``phasewise systems`` lists them)."""
 
     model_config = ConfigDict(extra="allow")
 
-    name: str | None = Field(default=None, description="of the system; default: the entry's own name")
-    engine: EngineSpec = EngineSpec()
+    name: str | None = Field(default=None, description="of the system; null: the entry's own name", examples=["vllm"])
+    engine: EngineSpec = Field(
+        default=EngineSpec(), description="settings of the serving engine", examples=[{"max_num_seqs": 128}]
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -196,24 +157,46 @@ class VariantSpec(Part):
 
 
 class SystemSpec(VariantSpec):
-    name: str = Field(description="one of those that 'phasewise systems' lists")
+    """The system that serves; every key beside these is one of its options (``phasewise systems`` lists them)."""
+
+    name: str = Field(description="one of those that 'phasewise systems' lists", examples=["splitwise"])
 
 
-class SloSpec(Part):
-    ttft_s: Positive | None = None
-    tpot_s: Positive | None = None
-    e2e_s: Positive | None = None
-    attainment: Share = Field(default=0.9, description="share of the requests that must meet every bound")
+class BoundsSpec(Part):
+    """Latency bounds of a request, and how many requests must meet them; null: no bound."""
+
+    ttft_s: Positive | None = Field(default=None, description="time to first token, from arrival", examples=[2.5])
+    tpot_s: Positive | None = Field(default=None, description="time per output token after the first", examples=[0.15])
+    e2e_s: Positive | None = Field(default=None, description="from arrival to the last token", examples=[30])
+    attainment: Share = Field(
+        default=0.9, description="share of the requests that must meet every bound", examples=[0.99]
+    )
+
+
+class SloSpec(BoundsSpec):
+    """Latency targets; requests that were rejected or did not finish count as misses."""
+
+    classes: dict[str, BoundsSpec] = Field(
+        default={},
+        description="class -> its own bounds, in place of those beside; classes come from workload.mix or the trace",
+        examples=[{"batch": {"e2e_s": 600, "attainment": 0.5}}],
+    )
 
 
 class EventSpec(Part):
-    """Something that happens to the cluster; ``sim.types.ClusterEvent`` says what each kind means."""
+    """Something that happens to the cluster."""
 
-    at_s: NonNegative
-    kind: Literal["gpu_lost", "node_lost", "spot_notice", "gpu_slow", "gpu_joined", "link_scaled"]
-    target: str
-    factor: NonNegative | None = None
-    deadline_s: NonNegative | None = None
+    at_s: NonNegative = Field(description="when it happens", examples=[60])
+    kind: Literal["gpu_lost", "node_lost", "spot_notice", "gpu_slow", "gpu_joined", "link_scaled"] = Field(
+        description="what happens", examples=["spot_notice"]
+    )
+    target: str = Field(description="a GPU, a node, or the resource of a link", examples=["n0.g1"])
+    factor: NonNegative | None = Field(
+        default=None, description="gpu_slow: of step times; link_scaled: of bandwidth (0 cuts it)", examples=[1.5]
+    )
+    deadline_s: NonNegative | None = Field(
+        default=None, description="spot_notice: how long after it the target is lost", examples=[30]
+    )
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> EventSpec:
@@ -232,25 +215,53 @@ class Scenario(Part):
     _where: str = PrivateAttr("scenario")
     _system_place: str = PrivateAttr("system")
 
-    model: str = Field(description="catalogue name (phasewise models), or the path of a Hugging Face config.json")
-    dtype: Dtype | None = Field(default=None, description="of the weights; default: the model's own")
-    cluster: ClusterSpec
-    workload: WorkloadSpec = WorkloadSpec()
-    system: SystemSpec
-    compare: dict[str, VariantSpec] = Field(default={}, description="what 'phasewise compare' runs: label -> system")
+    model: str = Field(
+        description="catalogue name ('phasewise models'), or the path of a Hugging Face config.json",
+        examples=["llama-2-70b"],
+    )
+    dtype: Dtype | None = Field(default=None, description="of the weights; null: the model's own", examples=["float16"])
+    cluster: ClusterSpec = Field(
+        description="the machines", examples=[{"nodes": [{"gpu": "A100-80G-SXM", "count": 8}]}]
+    )
+    workload: WorkloadSpec = Field(
+        default=WorkloadSpec(), description="what is asked of them", examples=[{"trace": "sample", "rate": 5}]
+    )
+    system: SystemSpec = Field(description="what serves it", examples=[{"name": "vllm", "tp": 4}])
+    compare: dict[str, VariantSpec] = Field(
+        default={},
+        description="what 'phasewise compare' runs: label -> system",
+        examples=[{"vllm": {"tp": 4}, "small": {"name": "vllm", "tp": 2}}],
+    )
     latency: str | dict[str, str] | None = Field(
-        None, description="roofline, a profile's name or path, or one of these per GPU type; null: shipped profiles"
+        default=None,
+        description="roofline, a profile's name or path, or one of these per GPU type; null: shipped profiles",
+        examples=["roofline"],
+    )
+    accept_error: Positive = Field(
+        default=0.3,
+        description="a profile named in latency is refused if an operator's mean held-out error is more (a share)",
+        examples=[0.5],
     )
     overhead: OverheadSpec | None = Field(
-        None, description="what the serving engine adds to a step outside its kernels; null: what the profiles say"
+        default=None,
+        description="what the serving engine adds to a step outside its kernels; null: what the profiles say",
+        examples=[{"step_s": 0.002}],
     )
-    slo: SloSpec = SloSpec()
-    events: str | tuple[EventSpec, ...] | None = Field(default=None, description="a file of cluster events, or a list")
+    slo: SloSpec = Field(
+        default=SloSpec(), description="latency targets", examples=[{"ttft_s": 2, "tpot_s": 0.1, "attainment": 0.9}]
+    )
+    events: str | tuple[EventSpec, ...] | None = Field(
+        default=None,
+        description="a file of cluster events, or a list of them",
+        examples=[[{"at_s": 60, "kind": "node_lost", "target": "n1"}]],
+    )
     predictor: Literal["mean", "max", "oracle"] | None = Field(
-        None, description="how policies guess output lengths; null: the system's own way, else mean"
+        default=None,
+        description="how policies guess output lengths; null: the system's own way, else mean",
+        examples=["oracle"],
     )
-    until_s: Positive | None = Field(default=None, description="cut the run off at this simulated time")
-    seed: Annotated[int, Field(ge=0)] = 0
+    until_s: Positive | None = Field(default=None, description="cut the run off at this simulated time", examples=[600])
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of everything that is drawn", examples=[1])
 
     @field_validator("latency", mode="before")
     @classmethod
@@ -269,6 +280,13 @@ class Scenario(Part):
             raise ValueError(f"{value!r} must be the path of a file, or a list of events")
         return tuple(_event(place, item) for place, item in enumerate(value))
 
+    @model_validator(mode="after")
+    def _classes_exist(self) -> Scenario:
+        for name in self.slo.classes if self.workload.mix else ():
+            if name not in self.workload.mix:
+                raise ValueError(f"slo.classes.{name}: the class {did_you_mean(name, self.workload.mix)}")
+        return self
+
     @classmethod
     def of(cls, data: Any, *, where: str = "scenario") -> Scenario:
         """From plain data; ``where`` is the file named in errors."""
@@ -277,7 +295,7 @@ class Scenario(Part):
         try:
             scenario = cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(f"{where}: {first_fault(error)}") from None
+            raise ConfigError(f"{where}: {first_fault(error).removeprefix(': ')}") from None
         scenario._where = where
         return scenario
 
@@ -313,6 +331,10 @@ class Scenario(Part):
 
     def at(self, *, rate_per_s: float, seed: int) -> Scenario:
         """The same experiment at another arrival rate (requests/s) and seed."""
+        if self.workload.closed_loop is not None:
+            raise ConfigError(
+                f"{self.where}: workload.closed_loop: the clients set the pace, so it has no rate to vary; vary clients"
+            )
         return self._with(workload=self.workload.model_copy(update={"rate": rate_per_s}), seed=seed)
 
     def to_yaml(self) -> str:
@@ -338,8 +360,7 @@ class Scenario(Part):
             latency = found(latency)
         elif latency is not None:
             latency = {gpu: found(name) for gpu, name in latency.items()}
-        trace = self.workload.trace
-        workload = self.workload.model_copy(update={"trace": found(trace) if trace else None})
+        workload = self.workload.anchored(found)
         events = found(self.events) if isinstance(self.events, str) else self.events
         return self._with(model=found(self.model), latency=latency, workload=workload, events=events)
 

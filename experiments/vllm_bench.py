@@ -219,7 +219,7 @@ def goodput_slo(pairs: Sequence[str]) -> Slo:
         if name not in BOUNDS or not 0 < value_ms < float("inf"):
             raise ConfigError(f"--goodput {pair}: must be ttft, tpot or e2el, a colon and milliseconds, as in ttft:200")
         bounds[BOUNDS[name]] = value_ms / MS_PER_S
-    return Slo(**bounds)
+    return Slo(ttft_s=bounds.get("ttft_s"), tpot_s=bounds.get("tpot_s"), e2e_s=bounds.get("e2e_s"))
 
 
 def side_by_side(measured: Bench, predicted: Bench | Run) -> list[dict[str, Any]]:

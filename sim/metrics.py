@@ -52,28 +52,43 @@ def distribution(values: ArrayLike) -> dict[str, float | int | None]:
 
 
 def scaled(slo: Slo, factor: float) -> Slo:
-    """The same targets, every latency bound multiplied by ``factor``."""
+    """The same targets, every latency bound multiplied by ``factor``, those of classes too."""
     return replace(
         slo,
         ttft_s=None if slo.ttft_s is None else slo.ttft_s * factor,
         tpot_s=None if slo.tpot_s is None else slo.tpot_s * factor,
         e2e_s=None if slo.e2e_s is None else slo.e2e_s * factor,
+        classes={name: scaled(own, factor) for name, own in slo.classes.items()},
     )
 
 
 def met(columns: Columns, slo: Slo) -> dict[str, NDArray[np.bool_]]:
-    """Per bound that the SLO sets, and jointly (``all``), whether each request completed within it.
+    """Per bound that the SLO sets, and jointly (``all``), whether each request completed within its own.
 
-    A request of one output token has no TPOT and meets that bound by definition.
+    A request of one output token has no TPOT and meets that bound by definition, as does one whose class has no bound.
     """
     completed = columns["outcome"] == "completed"
     marks = {}
     for bound in BOUNDS:
-        limit = getattr(slo, f"{bound}_s")
+        limit = _limit(columns, slo, f"{bound}_s")
         if limit is not None:
             values = columns[f"{bound}_s"]
             marks[bound] = completed & ((values <= limit) | (np.isnan(values) & (columns["output_tokens"] == 1)))
     return {**marks, "all": np.logical_and.reduce([completed, *marks.values()])}
+
+
+def _limit(columns: Columns, slo: Slo, bound: str) -> float | NDArray[np.float64] | None:
+    """One bound: for all requests, or of each where classes have their own; ``None`` if nobody has it."""
+    general: float | None = getattr(slo, bound)
+    own: dict[str, float | None] = {name: getattr(part, bound) for name, part in slo.classes.items()}
+    if not own:
+        return general
+    if general is None and not any(own.values()):
+        return None
+    limits = np.full(len(columns["outcome"]), general or np.inf, dtype=float)
+    for name, limit in own.items():
+        limits[columns["klass"] == name] = limit or np.inf
+    return limits
 
 
 def attainment(columns: Columns, slo: Slo, scale: float = 1.0) -> dict[str, float | None]:
@@ -120,6 +135,7 @@ def summarise(
         "requests_per_s": per(int(done.sum()), result.makespan_s),
         "output_tokens_per_s": per(tokens, result.makespan_s),
         "slo": slo_figures(columns, slo or Slo(), result.makespan_s),
+        "classes": class_figures(columns, slo or Slo(), result.makespan_s),
         **cost(tokens, result.makespan_s, usd_per_hour),
         "preemptions": int(columns["preemptions"].sum()),
         "cached_tokens": int(columns["cached_tokens"].sum()),
@@ -138,17 +154,44 @@ def summarise(
 
 
 def slo_figures(columns: Columns, slo: Slo, makespan_s: float) -> dict[str, Any]:
-    """Targets, attainment, whether the target share is reached, and goodput: what meets every bound, per second."""
+    """Targets, attainment, whether the target share is reached, and goodput: what meets every bound, per second.
+
+    Where classes have targets of their own, each of them must reach its own share too.
+    """
     good = met(columns, slo)["all"]
     shares = attainment(columns, slo)
+    reached = [shares["attainment"] >= slo.attainment] if shares["attainment"] is not None else []
+    for name, own in slo.classes.items():
+        part = good[columns["klass"] == name]
+        reached += [float(part.mean()) >= own.attainment] if part.size else []
     return {
         **{f"{bound}_s": getattr(slo, f"{bound}_s") for bound in BOUNDS},
         "target": slo.attainment,
         **shares,
-        "reached": None if shares["attainment"] is None else shares["attainment"] >= slo.attainment,
+        "reached": all(reached) if reached else None,
         "goodput_per_s": per(int(good.sum()), makespan_s),
         "goodput_tokens_per_s": per(int(columns["output_tokens"][good].sum()), makespan_s),
     }
+
+
+def class_figures(columns: Columns, slo: Slo, makespan_s: float) -> dict[str, Any]:
+    """Per class: counts, latencies of the requests that completed, and how its own SLO was met.
+
+    A class that has an SLO and no request is there too: its name may be a mistake.
+    """
+    figures = {}
+    for name in dict.fromkeys([*columns["klass"].tolist(), *slo.classes]):
+        if name is None:
+            continue
+        part = {column: values[columns["klass"] == name] for column, values in columns.items()}
+        done = part["outcome"] == "completed"
+        figures[name] = {
+            "requests": len(done),
+            "completed": int(done.sum()),
+            **{latency: distribution(part[latency][done]) for latency in ("ttft_s", "tpot_s", "e2e_s")},
+            "slo": slo_figures(part, slo.classes.get(name, replace(slo, classes={})), makespan_s),
+        }
+    return figures
 
 
 def cost(output_tokens: int, makespan_s: float, usd_per_hour: float | None) -> dict[str, float | None]:

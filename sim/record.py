@@ -23,11 +23,14 @@ from sim.types import PS_PER_S, Outcome, Request
 if TYPE_CHECKING:
     import pandas as pd
 
-REQUEST_COLUMNS = (
+MEASURED_COLUMNS = (
     "request", "arrival_s", "input_tokens", "output_tokens", "outcome", "reason", "queue_s", "prefill_s", "transfer_s",
     "decode_s", "ttft_s", "tpot_s", "e2e_s", "preemptions", "cached_tokens", "bytes_moved", "prefill_stage",
     "decode_stage", "klass",
 )  # fmt: skip
+TRACE_COLUMNS = ("session", "priority", "samples", "beam_search", "prefix", "prefix_block_tokens")
+"""What a replay needs beside arrival, lengths and class; prefix hashes are text, as in a trace file."""
+REQUEST_COLUMNS = (*MEASURED_COLUMNS, *TRACE_COLUMNS)
 
 
 CohortId = tuple[int, int]
@@ -169,7 +172,7 @@ class Result:
 
     @cached_property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """One array per request column, in order of request id; NaN where undefined."""
+        """One array per measured column, in order of request id; NaN where undefined."""
         rows = self.rows.requests
         requests = [row.request for row in rows]
         arrival = _array(requests, "arrival_s", float)
@@ -202,13 +205,17 @@ class Result:
             _array(rows, "decode_stage", object),
             _array(requests, "klass", object),
         )
-        return dict(zip(REQUEST_COLUMNS, values, strict=True))
+        return dict(zip(MEASURED_COLUMNS, values, strict=True))
 
     @cached_property
     def requests(self) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.DataFrame(self.columns)
+        requests = [row.request for row in self.rows.requests]
+        trace: dict[str, Any] = {name: list(map(attrgetter(name), requests)) for name in TRACE_COLUMNS}
+        trace["prefix"] = [" ".join(map(str, prefix)) or None for prefix in trace["prefix"]]
+        trace["prefix_block_tokens"] = pd.array(trace["prefix_block_tokens"], dtype="Int64")
+        return pd.DataFrame({**self.columns, **trace})
 
     @cached_property
     def steps(self) -> pd.DataFrame:

@@ -46,7 +46,9 @@ def test_the_catalogue_has_the_papers_gpus_and_cites_every_row() -> None:
         *("A100-80G-PCIe", "RTX-3090", "RTX-3090-Ti", "RTX-4090", "RTX-PRO-6000", "L40S", "H100-PCIe", "H100-SXM"),
         *("H200-SXM", "B200"),
     }
-    for entry in gpus():
+    assert gpu("CPU").spec_source
+    assert gpu("CPU").usd_per_hour is None
+    for entry in (entry for entry in gpus() if entry.name != "CPU"):
         for source in (entry.spec_source, entry.idle_source, entry.price_source):
             assert source
         assert entry.idle_w is not None

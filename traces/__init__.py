@@ -17,7 +17,7 @@ from traces.fetch import PUBLIC_TRACES, PublicTrace, fetch
 from traces.formats import FORMATS, guess_format
 from traces.reader import TraceReader, read
 from traces.sample import make_sample, sample_path
-from traces.source import Chains, ClosedLoop, Sessions, TraceSource
+from traces.source import Chains, ClosedLoop, Sessions, TraceSource, unroll
 from traces.statistics import Survey, statistics, survey
 from traces.synthesis import (
     LENGTHS,
@@ -87,6 +87,7 @@ __all__ = [
     "spot_notices",
     "statistics",
     "survey",
+    "unroll",
     "with_rate",
     "write",
     "write_events",

@@ -27,6 +27,7 @@ from traces.table import (
     optional,
     reading,
     seconds,
+    truth,
     whole,
 )
 
@@ -179,6 +180,8 @@ def phasewise() -> Format:
         Column("priority", "priority", optional(whole, 0), "a whole number", required=False),
         Column("prefix", "prefix", optional(hashes, ()), "whole numbers separated by spaces", required=False),
         Column("prefix_block_tokens", "prefix_block_tokens", optional(count), TOKENS, required=False),
+        Column("samples", "samples", optional(count, 1), "a whole number >= 1", required=False),
+        Column("beam_search", "beam_search", optional(truth, False), "true or false", required=False),
     )
     return Format(rows=csv_rows, columns=columns, foreign=False)
 

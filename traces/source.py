@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
+from itertools import count
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from sim.policy import Source
 from sim.types import ConfigError, Request
 from traces.arrivals import positive
 from traces.table import nearest
@@ -139,6 +142,24 @@ class Sessions(Chains):
             if request.session is not None:
                 last[request.session] = turn
         super().__init__(first, following, block_tokens)
+
+
+def unroll(source: Source, token_s: float) -> Iterator[Request]:
+    """An open trace of what a closed loop or sessions ask, were every answer to take ``token_s`` per output token.
+
+    In order of arrival, ids are running numbers. It shows a workload without a simulation; a run's own log has the
+    arrivals that a simulated system would have caused. Holds the requests in memory.
+    """
+    positive("token_s", token_s)
+    due = [(request.arrival_s, request.id, request) for request in source.next(0.0, None)]
+    heapify(due)
+    for number in count():
+        if not due:
+            return
+        request = heappop(due)[2]
+        yield replace(request, id=number)
+        for later in source.next(request.arrival_s + request.output_tokens * token_s, request):
+            heappush(due, (later.arrival_s, later.id, later))
 
 
 def _after(before: Turn | None, request: Request, think_s: float, inputs: Inputs) -> Turn:

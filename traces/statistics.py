@@ -205,20 +205,25 @@ class Reuse:
 
     def add(self, request: Request) -> float:
         """Tokens of this request that were there before."""
-        prefix = request.prefix if not self.halvings else tuple(filter(self._sampled, request.prefix))
+        block_tokens = request.prefix_block_tokens or 1
+        answer = request.input_tokens // block_tokens  # from here on the blocks are not asked, but will be there
+        prompt = self._kept(request.prefix[:answer])
         known = 0
-        for block in prefix:
+        for block in prompt:
             if block not in self.seen:
                 break
             known += 1
-        reused = float(known * (request.prefix_block_tokens or 0) << self.halvings)
+        reused = float(known * block_tokens << self.halvings)
         self.any = True
         self.tokens += reused
-        self.seen.update(prefix[known:])
+        self.seen.update(prompt[known:], self._kept(request.prefix[answer:]))
         while len(self.seen) > self.MOST:
             self.halvings += 1
             self.seen = set(filter(self._sampled, self.seen))
         return reused
+
+    def _kept(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(filter(self._sampled, blocks)) if self.halvings else blocks
 
     def _sampled(self, block: int) -> bool:
         return (block * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> (64 - self.halvings) == 0

@@ -223,6 +223,14 @@ def seconds(cell: Any) -> float:
     return number
 
 
+def truth(cell: Any) -> bool:
+    """true or false."""
+    text = str(cell).lower()
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
 def label(cell: Any) -> str:
     """Any text that is not empty; a number becomes its text."""
     if cell is None or cell == "":

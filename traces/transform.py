@@ -79,11 +79,14 @@ def by_arrival(requests: Iterable[Request]) -> Iterator[Request]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestClass:
-    """Requests of one kind, with their own rate and lengths; ``name`` is what SLOs and results call them."""
+    """Requests of one kind, with their own rate and lengths; ``name`` is what SLOs and results call them.
+
+    ``priority``: of all of them; None: each has its own.
+    """
 
     name: str
     requests: Iterable[Request]
-    priority: int = 0
+    priority: int | None = None
 
     def __post_init__(self) -> None:
         if self.name.splitlines() != [self.name]:
@@ -107,7 +110,7 @@ def _labelled(klass: RequestClass, number: int, of: int) -> Iterator[Request]:
         yield replace(
             request,
             klass=klass.name,
-            priority=klass.priority,
+            priority=request.priority if klass.priority is None else klass.priority,
             session=None if request.session is None else f"{klass.name}/{request.session}",
             prefix=tuple(block * of + number for block in request.prefix),
         )

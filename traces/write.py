@@ -21,6 +21,8 @@ COLUMNS = (
     "priority",
     "prefix",
     "prefix_block_tokens",
+    "samples",
+    "beam_search",
 )
 ROWS_PER_GROUP = 65536
 
@@ -64,6 +66,8 @@ def _rows(path: Path, requests: Iterable[Request]) -> Iterator[tuple[Any, ...]]:
             request.priority or None,
             " ".join(map(str, request.prefix)) or None,
             request.prefix_block_tokens,
+            None if request.samples == 1 else request.samples,
+            "true" if request.beam_search else None,
         )
 
 
@@ -83,7 +87,7 @@ def _write_parquet(path: Path, rows: Iterator[tuple[Any, ...]]) -> int:
     import pyarrow.parquet as pq
 
     whole, text = pa.int64(), pa.string()
-    types = (pa.float64(), whole, whole, text, text, whole, text, whole)
+    types = (pa.float64(), whole, whole, text, text, whole, text, whole, whole, text)
     schema = pa.schema(list(zip(COLUMNS, types, strict=True)))
     number = 0
     with pq.ParquetWriter(path, schema) as writer:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from experiments.plots.attainment import attainment_by_scale
 from experiments.plots.latency import latency_cdfs
@@ -52,5 +54,9 @@ def headline(name: str, run: Run) -> str:
 
 def slo_of(run: Run) -> Slo:
     """The targets a run's summary was made with."""
-    figures = run.summary["slo"]
+    classes = {name: _slo(part["slo"]) for name, part in run.summary.get("classes", {}).items()}
+    return replace(_slo(run.summary["slo"]), classes=classes)
+
+
+def _slo(figures: Mapping[str, Any]) -> Slo:
     return Slo(ttft_s=figures["ttft_s"], tpot_s=figures["tpot_s"], e2e_s=figures["e2e_s"], attainment=figures["target"])

@@ -37,7 +37,8 @@ class Path(NamedTuple):
 class Cluster:
     """Machines and the links between them.
 
-    ``inter_node``: the network port of each machine, each way, shared by all its traffic.
+    ``inter_node``: the network port of each machine, each way, shared by all its traffic; 0: no machine of a region
+    has a link to another, even with a port of its own.
     ``inter_region``: the line of each ordered pair of regions. ``pairs``: dedicated lines from one node
     to another (ordered: give both directions). The latency is that of the pair, else of the regions, else
     of ``inter_node``. ``intra_node``: the peer link of every GPU, in place of its NVLink or PCIe.
@@ -235,7 +236,10 @@ def _hop(cluster: Cluster, source: str, target: str) -> _Hop:
     if link is None:
         raise ConfigError(f"cluster.links.{setting}: missing, so {a.name} and {b.name} have no link; set its gbps")
     ports = (f"pcie:{source}:out", *nics, *line, f"pcie:{target}:in")
-    return _linked(cluster, a, b, _Hop(ports, link.latency_s), setting)
+    hop = _linked(cluster, a, b, _Hop(ports, link.latency_s), setting)
+    if link.bytes_per_s == 0:  # and yet each machine has a port of its own
+        raise ConfigError(f"cluster.links.{setting}: 0 gbps, so {a.name} and {b.name} have no link; set its gbps")
+    return hop
 
 
 def _line(cluster: Cluster, a: Node, b: Node) -> tuple[tuple[str, ...], Link | None, str]:
