@@ -10,7 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sim.cost import AttentionTable, GemmTable, Grid, HeldOut, Kernels, Profile, ProfileEntry, Provenance, Table
+from calibrate.samples import Samples, samples_data
+from sim.cost import (
+    AttentionTable,
+    DecodeTerms,
+    Device,
+    GemmTable,
+    Grid,
+    HeldOut,
+    Kernels,
+    Polynomial,
+    Profile,
+    ProfileEntry,
+    PromptTerms,
+    Provenance,
+    Table,
+)
 from sim.types import ConfigError
 
 SCHEMA = "phasewise-profile"
@@ -40,27 +55,33 @@ def read_profile(path: str | Path) -> Profile:
     The fields of shipped files are checked by the tests, so that reading one need not wait for pydantic.
     """
     path = Path(path)
-    data = _read_json(path)
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ConfigError(f'{path}: not a profile; its top level needs "schema": "{SCHEMA}"')
-    if data.get("version") != VERSION:
-        raise ConfigError(f"{path}: version is {data.get('version')!r}, this release reads {VERSION}; make it anew")
+    data = read_data(path)
     if path.resolve().parent != FOLDER.resolve():
         from calibrate.profile_schema import checked
 
         data = checked(data, path)
     try:
-        return _profile(_tuples(data))
+        return _profile(_tuples({name: part for name, part in data.items() if name != "samples"}))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def write_profile(profile: Profile, path: str | Path) -> None:
+def read_data(path: Path) -> dict[str, Any]:
+    """What the file holds, known to be a profile of this version; its fields are not checked."""
+    data = _read_json(path)
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ConfigError(f'{path}: not a profile; its top level needs "schema": "{SCHEMA}"')
+    if data.get("version") != VERSION:
+        raise ConfigError(f"{path}: version is {data.get('version')!r}, this release reads {VERSION}; make it anew")
+    return data
+
+
+def write_profile(profile: Profile, path: str | Path, samples: tuple[Samples, ...] = ()) -> None:
     """Write a profile under a temporary name, then rename it: no reader meets half a file."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(profile_text(profile), encoding="utf-8")
+        partial.write_text(profile_text(profile, samples), encoding="utf-8")
         partial.replace(target)
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written: {error.strerror}; choose a writable folder") from None
@@ -68,7 +89,7 @@ def write_profile(profile: Profile, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def profile_text(profile: Profile) -> str:
+def profile_text(profile: Profile, samples: tuple[Samples, ...] = ()) -> str:
     """The file's text, the same for equal profiles."""
     from calibrate.profile_schema import file_data
 
@@ -80,6 +101,10 @@ def profile_text(profile: Profile) -> str:
         "provenance": asdict(profile.provenance),
         "entries": entries or None,
         "kernels": [asdict(kernels) for kernels in profile.kernels] or None,
+        "polynomials": [asdict(form) for form in profile.polynomials] or None,
+        "device": profile.device and asdict(profile.device),
+        "tables": {name: asdict(table) for name, table in profile.tables.items()} or None,
+        "samples": samples_data(samples) or None,
     }
     given = {name: part for name, part in data.items() if part is not None}
     text = json.dumps(file_data(given), indent=1)
@@ -108,7 +133,23 @@ def _tuples(data: Any) -> Any:
 def _profile(data: Mapping[str, Any]) -> Profile:
     entries = tuple(_entry(number, entry) for number, entry in enumerate(data.get("entries", ())))
     kernels = tuple(_kernels(number, part) for number, part in enumerate(data.get("kernels", ())))
-    return Profile(name=data["name"], provenance=Provenance(**data["provenance"]), entries=entries, kernels=kernels)
+    device = data.get("device")
+    return Profile(
+        name=data["name"],
+        provenance=Provenance(**data["provenance"]),
+        entries=entries,
+        kernels=kernels,
+        polynomials=tuple(_polynomial(number, part) for number, part in enumerate(data.get("polynomials", ()))),
+        device=None if device is None else Device(**device),
+        tables={name: _table(name, table) for name, table in data.get("tables", {}).items()},
+    )
+
+
+def _table(name: str, data: Mapping[str, Any]) -> Table | Grid:
+    try:
+        return Grid(**data) if "contexts" in data else Table(**data)
+    except ConfigError as error:
+        raise ConfigError(f"tables.{name}: {error}") from None
 
 
 def _kernels(number: int, data: Mapping[str, Any]) -> Kernels:
@@ -123,10 +164,23 @@ def _kernels(number: int, data: Mapping[str, Any]) -> Kernels:
             gemm=GemmTable(**data["gemm"]),
             attention=tuple(AttentionTable(**table) for table in attention),
             all_reduce={int(count): Table(**table) for count, table in data.get("all_reduce", {}).items()},
+            beside_chunks=data.get("beside_chunks", 0.0),
             held_out=_held_out(data),
         )
     except ConfigError as error:
         raise ConfigError(f"kernels.{number}: {error}") from None
+
+
+def _polynomial(number: int, data: Mapping[str, Any]) -> Polynomial:
+    try:
+        terms = {
+            "prompts": PromptTerms(**data["prompts"]),
+            "decodes": DecodeTerms(**data["decodes"]),
+            "large": DecodeTerms(**data["large"]),
+        }
+        return Polynomial(**{**data, **terms, "held_out": _held_out(data)})
+    except ConfigError as error:
+        raise ConfigError(f"polynomials.{number}: {error}") from None
 
 
 def _entry(number: int, data: Mapping[str, Any]) -> ProfileEntry:

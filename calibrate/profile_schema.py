@@ -64,13 +64,44 @@ class _AttentionFile(_Part):
 
 
 class _KernelsFile(_Part):
-    """Kernel tables of GPU types, for any dense model."""
+    """Kernel tables of GPU types, for any model."""
 
     gpus: Annotated[tuple[Text, ...], Field(min_length=1)]
     dtypes: Annotated[tuple[Text, ...], Field(min_length=1)]
     gemm: _GemmFile
     attention: tuple[_AttentionFile, ...]
     all_reduce: dict[int, _TableFile] = {}
+    beside_chunks: Seconds = 0.0
+    held_out: dict[str, _HeldOutFile] = {}
+
+
+class _PromptTermsFile(_Part):
+    step_s: Seconds
+    token_s: Seconds
+    square_s: Seconds
+
+
+class _DecodeTermsFile(_Part):
+    step_s: Seconds
+    context_s: Seconds
+    sequence_s: Seconds
+
+
+class _PolynomialFile(_Part):
+    """Whole steps of one model on one GPU type at one tensor-parallel degree."""
+
+    gpus: Annotated[tuple[Text, ...], Field(min_length=1)]
+    model: Text
+    num_layers: Annotated[int, Field(ge=1)]
+    tp: Annotated[int, Field(ge=1)]
+    dtypes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    prompts: _PromptTermsFile
+    decodes: _DecodeTermsFile
+    large: _DecodeTermsFile
+    large_from: Annotated[int, Field(ge=2)]
+    hop_s: Seconds = 0.0
+    first_s: Seconds = 0.0
+    first_token_s: Seconds = 0.0
     held_out: dict[str, _HeldOutFile] = {}
 
 
@@ -94,6 +125,41 @@ class _ProvenanceFile(_Part):
     method: Text
 
 
+class _DeviceFile(_Part):
+    """Where the measurements were made."""
+
+    gpu: Text
+    description: Text
+    memory_bytes: Annotated[int, Field(ge=1)]
+    bandwidth_bytes_per_s: Seconds | None = None
+    flops: dict[str, Seconds] = {}
+    torch: Text | None = None
+    driver: Text | None = None
+    cuda: Text | None = None
+    threads: Count | None = None
+    attention_backend: Text | None = None
+    git_commit: Text | None = None
+    sm_clock_mhz: Seconds | None = None
+    memory_clock_mhz: Seconds | None = None
+    power_limit_w: Seconds | None = None
+    power_w: Seconds | None = None
+    settings: dict[str, str] = {}
+
+
+class _SamplesFile(_Part):
+    """One operator's raw measurements, in columns: see ``calibrate.samples``."""
+
+    operator: Text
+    dtype: Text
+    tp: Annotated[int, Field(ge=1)]
+    axes: dict[str, tuple[Count, ...]]
+    seconds: tuple[tuple[Seconds, ...], ...]
+    noise: tuple[Seconds, ...]
+    flops: tuple[Seconds, ...] | None = None
+    bytes: tuple[Seconds, ...] | None = None
+    predicted_s: tuple[Seconds | None, ...] | None = None
+
+
 class ProfileFile(_Part):
     schema_name: Annotated[Literal["phasewise-profile"], Field(alias="schema")]
     version: Literal[1]
@@ -101,11 +167,15 @@ class ProfileFile(_Part):
     provenance: _ProvenanceFile
     entries: tuple[_EntryFile, ...] = ()
     kernels: tuple[_KernelsFile, ...] = ()
+    polynomials: tuple[_PolynomialFile, ...] = ()
+    device: _DeviceFile | None = None
+    tables: dict[str, _TableFile | _GridFile] = {}
+    samples: tuple[_SamplesFile, ...] = ()
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
-        if not self.entries and not self.kernels:
-            raise ValueError("a profile needs entries or kernels")
+        if not self.entries and not self.kernels and not self.polynomials:
+            raise ValueError("a profile needs entries or kernels or polynomials")
         return self
 
 

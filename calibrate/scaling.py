@@ -1,8 +1,8 @@
 """Kernel tables of a GPU that nobody measured, from those of another one and both specification sheets.
 
 Every kernel keeps its efficiency: a GEMM is scaled by the ratio of its roofline times (the longer of arithmetic and
-traffic) on the two, decode attention by bandwidth, prompt attention by FLOP/s. A prediction, and to be labelled as one;
-good for GPUs of one generation.
+traffic) on the two, decode attention by bandwidth, prompt attention by FLOP/s; of attention, the shortest time of a
+table is a launch, which stays. A prediction, and to be labelled as one; good for GPUs of one generation.
 """
 
 from __future__ import annotations
@@ -60,8 +60,13 @@ def _attention(table: AttentionTable, bandwidth: float, arithmetic: float) -> At
 
 
 def _times(table: Table, factor: float) -> Table:
-    return replace(table, seconds=tuple(value * factor for value in table.seconds))
+    return replace(table, seconds=_beyond_launch(table.seconds, table.seconds[0], factor))
 
 
 def _rows_times(grid: Grid, factor: float) -> Grid:
-    return replace(grid, seconds=tuple(tuple(value * factor for value in row) for row in grid.seconds))
+    launch_s = grid.seconds[0][0]
+    return replace(grid, seconds=tuple(_beyond_launch(row, launch_s, factor) for row in grid.seconds))
+
+
+def _beyond_launch(seconds: tuple[float, ...], launch_s: float, factor: float) -> tuple[float, ...]:
+    return tuple(launch_s + max(0.0, value - launch_s) * factor for value in seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +29,7 @@ def systems(json_: Json = False) -> None:
         options = {
             option: None if parameter.default is inspect.Parameter.empty else parameter.default
             for option, parameter in inspect.signature(factory).parameters.items()
+            if option != "simulate"
         }
         rows.append({"name": name, "description": text, "mirrors": factory().mirrors, "options": options})
     if json_:
@@ -96,33 +97,52 @@ def models(json_: Json = False) -> None:
     )  # fmt: skip
 
 
-def profiles(json_: Json = False) -> None:
-    """List the shipped latency profiles with source and held-out error; without a model: kernels that make up any."""
-    from calibrate.profile_file import read_profile, shipped_profiles
+def profiles(
+    json_: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="a page about every profile, instead")] = False,
+) -> None:
+    """List the shipped latency profiles by GPU type, with source and held-out error; the others take the roofline."""
+    if markdown:
+        from experiments.profiles_page import page
 
-    rows: list[dict[str, Any]] = []
-    for name, path in shipped_profiles().items():
-        profile = read_profile(path)
-        parts: list[Any] = [*profile.entries, *profile.kernels]
-        rows += [
-            {"profile": name, "gpus": list(entry.gpus), "model": getattr(entry, "model", None),
-             "tp": getattr(entry, "tp", None), "dtypes": list(entry.dtypes),
-             "held_out": {kind: {"mape": error.mape, "largest": error.largest, "points": error.points}
-                          for kind, error in entry.held_out.items()},
-             "source": profile.provenance.source, "engine": profile.provenance.engine}
-            for entry in parts
-        ]  # fmt: skip
+        print(page(), end="")
+        return
+    rows = list(_profile_rows())
     if json_:
         _print_json(rows)
         return
     _print_table(
         ("profile", "GPU", "model", "TP", "held-out error (mean)", "source"),
         [
-            (row["profile"], ", ".join(row["gpus"]), row["model"] or "any dense", str(row["tp"] or "any"),
-             ", ".join(f"{kind} {error['mape']:.1%}" for kind, error in row["held_out"].items()), row["source"])
+            (row["profile"], ", ".join(row["gpus"]), row["model"] or "any", str(row["tp"] or "any"),
+             ", ".join(f"{kind} {error['mape']:.1%}" for kind, error in row["held_out"].items()) or "-", row["source"])
             for row in rows
         ],
     )  # fmt: skip
+
+
+def _profile_rows() -> Iterator[dict[str, Any]]:
+    from calibrate.profile_file import read_profile, shipped_profiles
+    from sim.cluster import gpus as catalogue
+
+    known: set[str] = set()
+    for name, path in shipped_profiles().items():
+        profile = read_profile(path)
+        for part in profile.parts:
+            known.update(part.gpus)
+            yield {
+                "profile": name, "gpus": list(part.gpus), "model": getattr(part, "model", None),
+                "tp": getattr(part, "tp", None), "dtypes": list(part.dtypes),
+                "held_out": {kind: {"mape": error.mape, "largest": error.largest, "points": error.points}
+                             for kind, error in part.held_out.items()},
+                "source": profile.provenance.source, "engine": profile.provenance.engine,
+            }  # fmt: skip
+    for gpu in catalogue():
+        if gpu.name not in known:
+            yield {
+                "profile": "roofline", "gpus": [gpu.name], "model": None, "tp": None, "dtypes": sorted(gpu.flops),
+                "held_out": {}, "source": "data sheet and typical efficiencies; not measured", "engine": None,
+            }  # fmt: skip
 
 
 def _gpu_fields(gpu: Any) -> dict[str, Any]:

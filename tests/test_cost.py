@@ -211,6 +211,9 @@ COSTS = {
     "window": Roofline().bind(MISTRAL, whole(MISTRAL, A100, 1), A100),
     "splitwise": bound("bloom-176b", A100, 8, profiled=True),
     "hand": fitted(ENTRY).bind(TINY, whole(TINY, ABACUS, 1), ABACUS),
+    "polynomial": Fitted(profiles=[read_profile(shipped_profiles()["distserve-a100"])]).bind(
+        model("opt-13b"), whole(model("opt-13b"), A100, 1), A100
+    ),
 }
 chunks = st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 20_000)), max_size=3).map(tuple)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calibrate.importers.aiconfigurator import gemm_table, import_aiconfigurator
+from calibrate.importers.aiconfigurator import faster, gemm_table, import_aiconfigurator
 from calibrate.importers.helix import fit_layer, import_helix, read_layer
 from calibrate.importers.llmservingsim import import_llmservingsim, read_attention
 from calibrate.profile_file import profile_text, read_profile, shipped_profiles, write_profile
@@ -159,10 +159,6 @@ def test_a_model_is_put_together_from_kernels() -> None:
     assert entry.head.seconds[0] > LLAMA.vocab_size * LLAMA.hidden_size * 1e-12
 
 
-def test_mixtures_of_experts_take_the_roofline() -> None:
-    assert kernels().kernels[0].entry(model("qwen3-30b-a3b"), 1, gpu("H100-SXM")) is None
-
-
 def test_kernels_survive_their_file(tmp_path: Path) -> None:
     write_profile(kernels(), tmp_path / "k.json")
     assert read_profile(tmp_path / "k.json") == kernels()
@@ -231,8 +227,8 @@ def test_scaled_attention_follows_flops_in_prompts_and_bandwidth_in_decodes() ->
     table = AttentionTable(heads=32, kv_heads=8, head_dim=128, prefill=prefill, decode=decode)
     profile = replace(kernels(), kernels=(replace(kernels().kernels[0], attention=(table,)),))
     found = scaled(profile, source, target).kernels[0].attention[0]
-    assert found.prefill.seconds == pytest.approx((3e-5, 6e-5))
-    assert found.decode.seconds[1] == pytest.approx((1e-5, 2e-5))
+    assert found.prefill.seconds == pytest.approx((1e-5, 4e-5))  # the shortest is a launch, which stays
+    assert found.decode.seconds[1] == pytest.approx((6e-6, 16e-6))
     note = scaled(profile, source, target).provenance.method
     assert "predicted" in note
 
@@ -315,6 +311,23 @@ def test_shipped_files_are_small_and_state_their_error(name: str) -> None:
 def test_an_unknown_system_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="h100_sxm"):
         import_aiconfigurator(tmp_path)
+
+
+def test_the_faster_all_reduce_counts() -> None:
+    """vLLM's where it is faster, or at sizes that NCCL's table lacks; NCCL's where vLLM's was not measured."""
+    ours = Table(counts=(8, 64, 1024), seconds=(1e-6, 9e-6, 10e-6))
+    nccl = Table(counts=(16, 256), seconds=(2e-6, 4e-6))
+    found = faster({2: ours}, {2: nccl, 4: nccl})
+    assert found == {2: replace(ours, seconds=(1e-6, 2.4e-6, 10e-6)), 4: nccl}
+
+
+def test_outliers_are_lowered_to_larger_shapes() -> None:
+    """128 x 128 for 8 tokens takes 9 ms in the file, but 512 x 512 takes 2: it can be padded."""
+    shapes = [(n, k, m) for n in (128, 512) for k in (128, 512) for m in (1, 8)]
+    rows = pd.DataFrame(
+        [(*shape, 9e-3 if shape == (128, 128, 8) else 2e-3) for shape in shapes], columns=["n", "k", "m", "s"]
+    )
+    assert gemm_table(rows.assign(gemm_dtype="bfloat16")).seconds[0][0] == (2e-3, 2e-3)
 
 
 def test_repeated_gemms_are_their_median() -> None:

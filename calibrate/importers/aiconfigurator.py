@@ -1,12 +1,15 @@
-"""NVIDIA aiconfigurator's public kernel tables (vLLM backends) as kernel tables of one GPU type, for any dense model.
+"""NVIDIA aiconfigurator's public kernel tables (vLLM backends) as kernel tables of one GPU type, for any model.
 
 ``python -m calibrate.importers.aiconfigurator data/h100_sxm --out vllm-0.19-h100-sxm.json``
 
 PATH is a system's folder with ``gemm/vllm/VERSION``, ``attention/vllm/VERSION`` and ``comm/vllm/VERSION`` below it.
 Kept: 16-bit GEMMs by (tokens, n, k) on a thinner grid, attention of 128-wide heads with a 16-bit cache and no window
 (prompts one at a time, without context; decodes by sequences and context), and the all-reduce that vLLM captures in
-graphs. Repeated rows count as their median. Decodes too large to measure continue their row's last
-slope, or take in proportion what fewer sequences take (reading the cache), whichever is more.
+graphs, or NCCL's (``comm/nccl``) where that is faster or vLLM's was not measured: between PCIe cards the two hosts
+differ by up to a factor of two and a half. Repeated rows count as their median. GEMMs and
+decodes take no longer than larger ones that were measured (they can be padded): some rows are outliers by a factor of
+three. Decodes too large to measure continue their row's last slope, or take in proportion what fewer sequences take
+(reading the cache), whichever is more.
 """
 
 from __future__ import annotations
@@ -34,9 +37,10 @@ GPUS = {
 }
 DTYPES = ("bfloat16", "float16")
 TOKENS: tuple[int, ...] = (
-    1, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096,
-    8192, 16384,
+    1, 8, 16, 32, 48, 64, 80, 96, 112, 128, 129, 160, 192, 224, 256, 257, 384, 512, 513, 768, 769, 1024, 1025, 1280,
+    1281, 1536, 1537, 2048, 2049, 2560, 3072, 4096, 8192, 16384,
 )  # fmt: skip
+"""Where the file has them; one more than a multiple of 128 shows what a further tile of rows costs."""
 WIDTHS = (
     128,
     256,
@@ -62,6 +66,14 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 CONTEXTS = (1, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEAD_DIM = 128
 MS = 1e-3
+BESIDE_CHUNKS = 0.35
+"""``Kernels.beside_chunks`` of FlashAttention 2: 0.3 to 0.45 in LLMServingSim's tables (16 and more decodes on RTX 4090
+and RTX PRO 6000, 4 and 8 query heads per KV head)."""
+PACKING = ("h100_sxm", "h200_sxm")
+"""GPUs on which vLLM uses FlashAttention 3, which puts the query heads of a KV head into one tile."""
+PROMPTS_FROM = {"h200_sxm": "h100_sxm"}
+"""Whose table of prompts to take, from the folder beside: an H200 computes as fast as an H100, while its own table has
+2.6 PFLOP/s in prompts of 16,384 tokens, more than twice what the chip can do."""
 
 
 def import_aiconfigurator(path: str | Path) -> Profile:
@@ -71,7 +83,8 @@ def import_aiconfigurator(path: str | Path) -> Profile:
         raise ConfigError(f"{folder}: {folder.name!r} is not a system that is known; known: {', '.join(GPUS)}")
     gemms, version = _read(folder, "gemm", "gemm_perf", ("gemm_dtype", "m", "n", "k"))
     attention = ("num_heads", "num_key_value_heads", "head_dim", "kv_cache_dtype", "batch_size", "isl", "step")
-    prompts, _ = _read(folder, "attention", "context_attention_perf", attention)
+    prompted = folder.with_name(PROMPTS_FROM.get(folder.name, folder.name))
+    prompts, _ = _read(prompted, "attention", "context_attention_perf", attention)
     decodes, _ = _read(folder, "attention", "generation_attention_perf", attention)
     reduces, _ = _read(folder, "comm", "custom_allreduce_perf", ("num_gpus", "message_size", "kernel_source"))
     gemm = gemm_table(gemms)
@@ -80,7 +93,8 @@ def import_aiconfigurator(path: str | Path) -> Profile:
         dtypes=DTYPES,
         gemm=gemm,
         attention=attention_tables(_plain(prompts), _plain(decodes)),
-        all_reduce=all_reduce_tables(reduces),
+        all_reduce=faster(all_reduce_tables(reduces), _nccl_tables(folder)),
+        beside_chunks=0.0 if folder.name in PACKING else BESIDE_CHUNKS,
         held_out={"gemm_tokens": _held_tokens(gemm), "gemm_shapes": _held_shapes(gemm)},
     )
     name = f"vllm-{version.rpartition('.')[0]}-{GPUS[folder.name][0].lower()}"
@@ -106,16 +120,21 @@ def _read(folder: Path, kind: str, name: str, columns: Sequence[str]) -> tuple[p
     files = sorted(folder.glob(f"{kind}/vllm/*/{name}.parquet"))
     if not files:
         raise ConfigError(f"{folder}: no {kind}/vllm/VERSION/{name}.parquet below it; copy the folder anew")
+    return _checked(files[-1], columns), files[-1].parent.name
+
+
+def _checked(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A table with its times in seconds as column ``s``."""
     try:
-        rows = pd.read_parquet(files[-1])
+        rows = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{files[-1]}: cannot be read as Parquet ({error}); copy it anew") from None
+        raise ConfigError(f"{path}: cannot be read as Parquet ({error}); copy it anew") from None
     missing = sorted({*columns, "latency"} - set(rows.columns))
     if missing:
-        raise ConfigError(f"{files[-1]}: column {missing[0]!r} is missing; copy it anew")
+        raise ConfigError(f"{path}: column {missing[0]!r} is missing; copy it anew")
     if not (rows.latency > 0).all():
-        raise ConfigError(f"{files[-1]}: latency must be > 0 in every row; copy it anew")
-    return rows.assign(s=rows.latency * MS), files[-1].parent.name
+        raise ConfigError(f"{path}: latency must be > 0 in every row; copy it anew")
+    return rows.assign(s=rows.latency * MS)
 
 
 def gemm_table(rows: pd.DataFrame) -> GemmTable:
@@ -131,7 +150,14 @@ def gemm_table(rows: pd.DataFrame) -> GemmTable:
     )
     for i, j in np.argwhere(np.isnan(cube).any(axis=2)):  # the largest square is not measured
         cube[i, j] = cube[i - 1, j] * cube[i, j - 1] / cube[i - 1, j - 1]
-    return GemmTable(tokens=tuple(tokens), n=tuple(n), k=tuple(k), seconds=_nested(cube))
+    return GemmTable(tokens=tuple(tokens), n=tuple(n), k=tuple(k), seconds=_nested(_levelled(cube)))
+
+
+def _levelled(table: Floats) -> Floats:
+    """Lowered to the least of what larger shapes take, along every axis."""
+    for axis in range(table.ndim):
+        table = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
+    return table
 
 
 def _plain(rows: pd.DataFrame) -> pd.DataFrame:
@@ -168,16 +194,41 @@ def _decode_grid(grid: pd.DataFrame) -> Grid:
         if number:
             beyond = np.maximum(beyond, rows[-1] * count / counts[number - 1])
         rows.append(np.where(at <= x[-1], np.interp(at, x, y), beyond))
-    seconds = tuple(tuple(round(float(value), 9) for value in row) for row in rows)
+    seconds = tuple(tuple(round(float(value), 9) for value in row) for row in _levelled(np.array(rows)))
     return Grid(counts=tuple(counts), contexts=CONTEXTS, seconds=seconds, per="layer")
 
 
 def all_reduce_tables(rows: pd.DataFrame) -> dict[int, Table]:
     """vLLM's own all-reduce inside graphs, by bytes of the vector."""
-    graph = rows[rows.kernel_source == "vLLM_custom_graph"]
+    return _by_bytes(rows[rows.kernel_source == "vLLM_custom_graph"])
+
+
+def _nccl_tables(folder: Path) -> dict[int, Table]:
+    """NCCL's all-reduce of 16-bit values; none where there is no file of it."""
+    files = sorted(folder.glob("comm/nccl/*/nccl_perf.parquet"))
+    if not files:
+        return {}
+    rows = _checked(files[-1], ("op_name", "nccl_dtype", "num_gpus", "message_size"))
+    return _by_bytes(rows[(rows.op_name == "all_reduce") & (rows.nccl_dtype == "half")])
+
+
+def faster(ours: dict[int, Table], nccl: dict[int, Table]) -> dict[int, Table]:
+    """By numbers of GPUs: the lesser of the two at the sizes of the first; one alone where the other is absent."""
+    tables = {**nccl, **ours}
+    for count in ours.keys() & nccl.keys():
+        sizes, other = np.array(ours[count].counts), nccl[count]
+        inside = (sizes >= other.counts[0]) & (sizes <= other.counts[-1])
+        theirs = np.interp(sizes, other.counts, other.seconds)
+        least = np.where(inside, np.minimum(ours[count].seconds, theirs), ours[count].seconds)
+        seconds = tuple(round(float(value), 9) for value in fit.rising(least))
+        tables[count] = Table(counts=ours[count].counts, seconds=seconds)
+    return dict(sorted(tables.items()))
+
+
+def _by_bytes(rows: pd.DataFrame) -> dict[int, Table]:
     tables = {}
-    for count in sorted(set(graph.num_gpus.tolist())):
-        group = graph[graph.num_gpus == count]
+    for count in sorted(set(rows.num_gpus.tolist())):
+        group = rows[rows.num_gpus == count]
         medians = group.groupby("message_size").s.median()
         seconds = tuple(round(float(value), 9) for value in fit.rising(medians.to_numpy(float)))
         tables[int(count)] = Table(counts=tuple(int(x) for x in medians.index), seconds=seconds)

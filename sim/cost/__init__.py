@@ -2,15 +2,15 @@
 
 Read ``step.py`` for the contract and the law, ``roofline.py`` for the analytic model, ``fitted.py`` for
 profiles, ``kernels.py`` for models built from kernel tables, ``polynomial.py`` for whole steps in a closed form,
-``tables.py`` for what a profile measures, ``pieces.py`` for the integer functions behind them, ``links.py`` for
-collectives and the KV codec.
+``overlapped.py`` for asynchronous scheduling, ``tables.py`` for what a profile measures, ``pieces.py`` for the
+integer functions behind them, ``links.py`` for collectives and the KV codec.
 """
 
 from sim.cost.capped import PowerCapped
 from sim.cost.fitted import Device, Fitted, Profile, Provenance
 from sim.cost.kernels import AttentionTable, GemmTable, Kernels
 from sim.cost.links import codec_seconds, collective_seconds
-from sim.cost.padded import PaddedChunks
+from sim.cost.padded import PaddedChunks, saturating_chunk
 from sim.cost.polynomial import DecodeTerms, Polynomial, PromptTerms
 from sim.cost.roofline import Overhead, Roofline
 from sim.cost.step import StageCost, StepCost, advanced, seconds
@@ -40,5 +40,6 @@ __all__ = [
     "advanced",
     "codec_seconds",
     "collective_seconds",
+    "saturating_chunk",
     "seconds",
 ]

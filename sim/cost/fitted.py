@@ -8,12 +8,19 @@ from math import ceil
 
 from sim.cluster import Cluster
 from sim.cost.kernels import Kernels
+from sim.cost.overlapped import Overlapped
 from sim.cost.pieces import Curve, Row, Surface, chained, surface
+from sim.cost.polynomial import Polynomial
 from sim.cost.roofline import Overhead, Rates, Roofline, kv_read_ps, pair_ps
-from sim.cost.step import Composed, Fixed, Operators
+from sim.cost.step import Composed, Fixed, Operators, StageCost
 from sim.cost.tables import Grid, ProfileEntry, Table
 from sim.model import ModelSpec
 from sim.types import PS_PER_S, ConfigError, Stage, to_ps
+
+SHARED_LAUNCH = 0.9
+"""Of the shortest chunk's attention: what every further chunk of a step saves, as all chunks are one kernel. In
+aiconfigurator's tables 256 prompts of 16 tokens take 8 (H100), 28 (A100, RTX PRO 6000) or 32 times (L40S) as long as
+one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +64,7 @@ class Device:
 class Profile:
     """Measured operators and where they come from: of models (``entries``), or of GPUs for any model (``kernels``).
 
+    ``polynomials``: whole steps of models in a closed form, instead of operators.
     ``device``: where it was measured, if ``phasewise calibrate`` did. ``tables``: what no step is made of, by name:
     copies, KV gather and scatter, 4-bit quantise and dequantise, launches ... (docs/calibrate.md lists them).
     """
@@ -65,8 +73,14 @@ class Profile:
     provenance: Provenance
     entries: tuple[ProfileEntry, ...] = ()
     kernels: tuple[Kernels, ...] = ()
+    polynomials: tuple[Polynomial, ...] = ()
     device: Device | None = None
     tables: Mapping[str, Table | Grid] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[ProfileEntry | Kernels | Polynomial, ...]:
+        """All that prices steps."""
+        return (*self.entries, *self.kernels, *self.polynomials)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +88,8 @@ class Fitted:
     """Uses the first entry that matches a stage's GPU type, model, tensor-parallel degree and dtype exactly.
 
     Without one, the first kernel tables of its GPU type and dtype make one; they also give an entry the collective
-    that it lacks. ``overhead``: the serving engine's, instead of what entries or the fallback say. A stage without an
+    that it lacks. Without either, the first polynomial that matches as an entry does prices whole steps.
+    ``overhead``: the serving engine's, instead of what profiles or the fallback say. A stage without an
     entry, and every operator that an entry lacks, takes the fallback. Beyond the measured range an
     operator grows by its last slope or the fallback's, whichever is more, and its lines say ``extrapolated``.
     """
@@ -84,44 +99,69 @@ class Fitted:
     overhead: Overhead | None = None
     name: str = "fitted"
 
-    def bind(self, model: ModelSpec, stage: Stage, cluster: Cluster, slow: float = 1.0) -> Composed:
+    def bind(self, model: ModelSpec, stage: Stage, cluster: Cluster, slow: float = 1.0) -> StageCost:
+        if self.overhead is None or not self.overhead.overlapped:
+            return self._bind(model, stage, cluster, slow)
+        kernels = replace(self, overhead=Overhead())._bind(model, stage, cluster, slow)
+        return Overlapped.of(kernels, self.overhead, slow) if stage.first_layer == 0 else kernels
+
+    def _bind(self, model: ModelSpec, stage: Stage, cluster: Cluster, slow: float) -> StageCost:
         entry = self.entry(model, stage, cluster)
+        whole = None if entry is not None else self.polynomial(model, stage, cluster)
+        for part in (entry, whole):
+            if part is not None and part.num_layers != model.num_layers:
+                raise ConfigError(
+                    f"profile entry {part.model}: num_layers is {part.num_layers}, the model has {model.num_layers}"
+                )
+        if whole is not None:
+            return whole.bind(stage, self.overhead, slow)
         operators = self.fallback.operators(model, stage, cluster, slow)
         if entry is not None:
-            if entry.num_layers != model.num_layers:
-                raise ConfigError(
-                    f"profile entry {entry.model}: num_layers is {entry.num_layers}, the model has {model.num_layers}"
-                )
             rates = self.fallback.rates(model, stage, cluster, slow)
             operators = _measured(entry, operators, _Scale(model, stage, rates, slow))
         if self.overhead is not None:
-            part = slow if stage.first_layer == 0 else 0.0
+            here = slow if stage.first_layer == 0 else 0.0
             operators = replace(
                 operators,
-                overhead_ps=to_ps(self.overhead.step_s * part),
-                sequence_ps=to_ps(self.overhead.sequence_s * part),
+                overhead_ps=to_ps(self.overhead.step_s * here),
+                sequence_ps=to_ps(self.overhead.sequence_s * here),
             )
         return Composed(operators, measured=entry is not None)
 
     def entry(self, model: ModelSpec, stage: Stage, cluster: Cluster) -> ProfileEntry | None:
         """The entry that a stage would use, or None (always for weight-only quantized models, or another KV dtype)."""
-        if model.weight_bytes_per_param is not None or model.kv_dtype is not None:
-            return None
-        names = {cluster.gpu(gpu_id).name.lower() for gpu_id in stage.gpus}
+        names = _names(model, stage, cluster)
         built = self._built(model, stage, cluster, names)
         for entry in (entry for profile in self.profiles for entry in profile.entries):
-            if entry.model.lower() != model.name.lower() or entry.tp != stage.tp or model.dtype not in entry.dtypes:
-                continue
-            if any(names == {gpu.lower()} for gpu in entry.gpus):
+            if _matches(entry, model, stage, names):
                 lacks = built is not None and entry.collective is None and "collective" not in entry.included
                 return replace(entry, collective=built.collective) if lacks and built else entry
         return built
+
+    def polynomial(self, model: ModelSpec, stage: Stage, cluster: Cluster) -> Polynomial | None:
+        """The closed form of whole steps that matches a stage as an entry does, or None."""
+        names = _names(model, stage, cluster)
+        forms = (form for profile in self.profiles for form in profile.polynomials)
+        return next((form for form in forms if _matches(form, model, stage, names)), None)
 
     def _built(self, model: ModelSpec, stage: Stage, cluster: Cluster, names: set[str]) -> ProfileEntry | None:
         for kernels in (kernels for profile in self.profiles for kernels in profile.kernels):
             if model.dtype in kernels.dtypes and any(names == {gpu.lower()} for gpu in kernels.gpus):
                 return kernels.entry(model, stage.tp, cluster.gpu(stage.gpus[0]))
         return None
+
+
+def _names(model: ModelSpec, stage: Stage, cluster: Cluster) -> set[str]:
+    """A stage's GPU types; none for weights or a cache that no profile was measured with."""
+    if model.weight_bytes_per_param is not None or model.kv_dtype is not None:
+        return set()
+    return {cluster.gpu(gpu_id).name.lower() for gpu_id in stage.gpus}
+
+
+def _matches(part: ProfileEntry | Polynomial, model: ModelSpec, stage: Stage, names: set[str]) -> bool:
+    if part.model.lower() != model.name.lower() or part.tp != stage.tp or model.dtype not in part.dtypes:
+        return False
+    return any(names == {gpu.lower()} for gpu in part.gpus)
 
 
 class _Scale:
@@ -159,15 +199,16 @@ def _measured(entry: ProfileEntry, guess: Operators, scale: _Scale) -> Operators
     overhead_ps = 0 if "overhead" in entry.included else guess.overhead_ps
     if entry.overhead_s is not None:
         overhead_ps = round(entry.overhead_s * scale.slow * PS_PER_S) if scale.first else 0
-    chunk, decode = guess.chunk, guess.decode
+    chunk, decode, shared_ps = guess.chunk, guess.decode, 0
     if entry.attention_prefill is not None:
         chunk = _chunk_rows(scale.surface(entry.attention_prefill, scale.pair_ps, causal=True))
+        shared_ps = int(SHARED_LAUNCH * chunk(1).values[0])
     if entry.attention_decode is not None:
         decode = _decode_rows(scale.surface(entry.attention_decode, scale.context_ps, causal=False))
     mixed = decode
     if entry.attention_mixed is not None:
         mixed = _decode_rows(scale.surface(entry.attention_mixed, scale.context_ps, causal=False))
-    operators = replace(guess, overhead_ps=overhead_ps, chunk=chunk, decode=decode, mixed=mixed)
+    operators = replace(guess, overhead_ps=overhead_ps, chunk=chunk, decode=decode, mixed=mixed, shared_ps=shared_ps)
     return replace(operators, **fixed)  # type: ignore[arg-type]
 
 

@@ -1,20 +1,21 @@
-"""Kernel tables of one GPU type, for any dense model: GEMMs by (tokens, n, k), attention by heads, all-reduce by bytes.
+"""Kernel tables of one GPU type, for any model: GEMMs by (tokens, n, k), attention by heads, all-reduce by bytes.
 
 ``Kernels.entry`` puts a model together from them at one tensor-parallel degree. Kernels that the tables lack (norms,
-rope, activation, cache write, sampler) are small: they take a launch and their memory traffic.
+rope, activation, cache write, sampler) are small: they take a launch and their memory traffic. Grouped GEMMs of
+experts are a roofline whose efficiencies come from the one such kernel that was measured.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil, exp, log
 
 from sim.cluster import Gpu
 from sim.cost.tables import Grid, HeldOut, ProfileEntry, Table
-from sim.model import ModelSpec
+from sim.model import Gemm, ModelSpec
 from sim.types import ConfigError
 
 SMALL_KERNEL_S = 2e-6
@@ -25,7 +26,15 @@ SAMPLER_S, SAMPLER_BYTES = 25e-6, 10
 """The greedy sampler: 25 us and 10 bytes per logit (read 16 bits, write and read 32), as in the same tables."""
 MEMORY_EFFICIENCY = 0.75
 """Of peak bandwidth, for these kernels (``Roofline.memory_efficiency``)."""
-CHUNK_CONTEXTS = (0, 256, 1024, 2048, 4096, 8192, 16384)
+COLD_EFFICIENCY = 0.8
+"""Of peak bandwidth, when decodes read their KV from memory. Tables are measured with KV that may lie in the L2 cache
+still; a server's does not, as all weights pass between two steps. Chosen on LLMServingSim's layers."""
+CHUNK_CONTEXTS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768)
+SERIAL_SPAN = (1024, 4096)
+"""Prompt lengths between which one head alone shows how fast one tile of queries passes along the keys."""
+EXPERT_MEMORY, EXPERT_COMPUTE, EXPERT_OVERLAP = 0.82, 0.59, 0.6
+"""Of peak bandwidth and FLOP/s in a grouped GEMM, and the part of the shorter one of both that hides behind the longer:
+vLLM 0.19's expert kernel for Qwen3-30B-A3B on an RTX PRO 6000 (LLMServingSim): median error 7 %, largest 24 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,20 +90,27 @@ class AttentionTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """Measured kernels of the GPU types named, in one of ``dtypes``. ``all_reduce``: by GPUs, seconds by bytes."""
+    """Measured kernels of the GPU types named, in one of ``dtypes``. ``all_reduce``: by GPUs, seconds by bytes.
+
+    ``beside_chunks``: a decode in a step with chunks takes this, times its query heads per KV head, as long as it
+    takes alone (never less): the kernel that serves both works on whole tiles of queries of one head. 0: the same.
+    """
 
     gpus: tuple[str, ...]
     dtypes: tuple[str, ...]
     gemm: GemmTable
     attention: tuple[AttentionTable, ...]
     all_reduce: Mapping[int, Table] = field(default_factory=dict)
+    beside_chunks: float = 0.0
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     def entry(self, model: ModelSpec, tp: int, gpu: Gpu) -> ProfileEntry | None:
-        """The model's operators at this degree; None for mixtures of experts, which need grouped GEMMs."""
-        if model.num_experts is not None or model.kv_lora_rank is not None:
+        """The model's operators at this degree; None for latent attention, and where layers differ."""
+        if model.kv_lora_rank is not None or model.first_dense_layers:
             return None
         attention = self._attention(model, tp)
+        decode = _cold(attention, gpu) if attention is not None else None
+        serial_s = self._serial_s(model)
         return ProfileEntry(
             gpus=(gpu.name,),
             model=model.name,
@@ -104,18 +120,27 @@ class Kernels:
             linear=self._linear(model, tp, gpu),
             head=self._head(model, tp, gpu),
             collective=self._collective(model, tp),
-            attention_prefill=_chunks(attention.prefill) if attention is not None else None,
-            attention_decode=attention.decode if attention is not None else None,
+            attention_prefill=_chunks(attention.prefill, serial_s) if attention is not None else None,
+            attention_decode=decode,
+            attention_mixed=self._mixed(decode, model, serial_s) if decode is not None else None,
             held_out=self.held_out,
         )
 
     def _linear(self, model: ModelSpec, tp: int, gpu: Gpu) -> Table:
-        rows = [self.gemm.row(gemm.n, gemm.k) for gemm in model.gemms(tp)]
+        gemms = model.gemms(tp)
+        rows = [self.gemm.row(gemm.n, gemm.k) for gemm in gemms if gemm.count == 1]
+        experts = [gemm for gemm in gemms if gemm.count > 1]
         heads = ceil(model.num_attention_heads / tp) + 2 * ceil(model.num_key_value_heads / tp)
-        values = 8 * model.hidden_size + 3 * heads * model.head_dim + 3 * ceil(model.intermediate_size / tp)
+        inner = model.intermediate_size
+        if model.moe_intermediate_size is not None and model.experts_per_token is not None:
+            inner = model.moe_intermediate_size * model.experts_per_token
+        values = 8 * model.hidden_size + 3 * heads * model.head_dim + 3 * ceil(inner / tp)
         token_s = values * model.activation_bytes_per_value / (gpu.bandwidth_bytes_per_s * MEMORY_EFFICIENCY)
         seconds = [
-            sum(row[at] for row in rows) + SMALL_KERNELS * SMALL_KERNEL_S + count * token_s
+            sum(row[at] for row in rows)
+            + sum(_experts_s(gemm, count, model, gpu) for gemm in experts)
+            + SMALL_KERNELS * SMALL_KERNEL_S
+            + count * token_s
             for at, count in enumerate(self.gemm.tokens)
         ]
         return Table(counts=self.gemm.tokens, seconds=_rising(seconds), per="layer")
@@ -140,6 +165,28 @@ class Kernels:
     def _all_reduce_seconds(self, tp: int, size_bytes: int) -> float:
         table = self.all_reduce[tp]
         return _along(table.counts, table.seconds, size_bytes)
+
+    def _serial_s(self, model: ModelSpec) -> float:
+        """Seconds a key for one tile of queries, from the fewest heads: too few to fill the GPU."""
+        alone = [table for table in self.attention if table.head_dim == model.head_dim]
+        if not alone:
+            return 0.0
+        prefill = min(alone, key=lambda table: table.heads).prefill
+        low, high = (min(count, prefill.counts[-1]) for count in SERIAL_SPAN)
+        if high == low:
+            return 0.0
+        first_s, last_s = (_along(prefill.counts, prefill.seconds, count) for count in (low, high))
+        return (last_s - first_s) / (high - low)
+
+    def _mixed(self, decode: Grid, model: ModelSpec, serial_s: float) -> Grid:
+        """Decodes beside chunks: by tiles of one head each, and no sooner than one tile has seen its whole context."""
+        longer = max(1.0, self.beside_chunks * model.num_attention_heads / model.num_key_value_heads)
+        least_s = serial_s if self.beside_chunks else 0.0
+        rows = (
+            tuple(max(value * longer, least_s * context) for context, value in zip(decode.contexts, row, strict=True))
+            for row in decode.seconds
+        )
+        return replace(decode, seconds=tuple(rows))
 
     def _attention(self, model: ModelSpec, tp: int) -> AttentionTable | None:
         """The table of these heads, or between two of the same KV heads; None where there are none."""
@@ -188,14 +235,42 @@ def _rising(seconds: Sequence[float]) -> tuple[float, ...]:
     return tuple(total / size for total, size in pools for _ in range(size))
 
 
-def _chunks(prefill: Table) -> Grid:
-    """A chunk after a context costs what the longer prompt costs more, and no less than it costs alone."""
+def _experts_s(gemm: Gemm, tokens: int, model: ModelSpec, gpu: Gpu) -> float:
+    """One grouped GEMM over the experts that so many tokens reach if each chooses at random."""
+    rows = tokens * gemm.active
+    reached = gemm.count * (1 - (1 - gemm.active / gemm.count) ** tokens)
+    compute_s = 2 * gemm.n * gemm.k * rows / (gpu.flops_for(model.dtype) * EXPERT_COMPUTE)
+    size_bytes = (reached * gemm.n * gemm.k + rows * (gemm.n + gemm.k)) * model.activation_bytes_per_value
+    traffic_s = size_bytes / (gpu.bandwidth_bytes_per_s * EXPERT_MEMORY)
+    return max(compute_s, traffic_s) + (1 - EXPERT_OVERLAP) * min(compute_s, traffic_s)
+
+
+def _cold(table: AttentionTable, gpu: Gpu) -> Grid:
+    """The decodes, no faster than a launch and reading their KV (16-bit keys and values) from memory."""
+    token_s = 4 * table.kv_heads * table.head_dim / (gpu.bandwidth_bytes_per_s * COLD_EFFICIENCY)
+    decode = table.decode
+    launch_s = decode.seconds[0][0]
+    rows = (
+        tuple(
+            max(value, launch_s + count * context * token_s)
+            for context, value in zip(decode.contexts, row, strict=True)
+        )
+        for count, row in zip(decode.counts, decode.seconds, strict=True)
+    )
+    return replace(decode, seconds=tuple(rows))
+
+
+def _chunks(prefill: Table, serial_s: float) -> Grid:
+    """A chunk after a context costs what the longer prompt costs more, and no less than one tile's way along it."""
 
     def whole_s(tokens: int) -> float:
         return _along(prefill.counts, prefill.seconds, tokens, power=2.0)
 
     rows = tuple(
-        tuple(max(whole_s(count), whole_s(count + context) - whole_s(context)) for context in CHUNK_CONTEXTS)
+        tuple(
+            max(whole_s(count) + serial_s * context, whole_s(count + context) - whole_s(context))
+            for context in CHUNK_CONTEXTS
+        )
         for count in prefill.counts
     )
     return Grid(counts=prefill.counts, contexts=CHUNK_CONTEXTS, seconds=rows, per="layer")

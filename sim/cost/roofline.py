@@ -21,17 +21,18 @@ COLLECTIVES_PER_LAYER = 2
 class Overhead:
     """What a serving engine adds to a step outside its kernels: once, and for every sequence in it.
 
-    Scheduling, launches, preparing inputs, taking samples back. Nearly nothing where the processor prepares a step
-    while the GPU works on the last one (asynchronous scheduling).
+    Scheduling, launches, preparing inputs, taking samples back. ``overlapped``: the processor does it while the GPU
+    works on the step before (asynchronous scheduling), so that a step takes the longer of the two, not their sum.
     """
 
     step_s: float = 0.0
     sequence_s: float = 0.0
+    overlapped: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if not 0 <= getattr(self, field.name) < inf:
-                raise ConfigError(f"overhead: {field.name} is {getattr(self, field.name)}; it must be a number >= 0")
+        for name in ("step_s", "sequence_s"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ConfigError(f"overhead: {name} is {getattr(self, name)}; it must be a number >= 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,6 +65,8 @@ class Operators:
     ``chunk`` and ``decode`` price attention: of a chunk of so many tokens by the context before it, and of
     so many decoding sequences by the sum of their contexts; ``mixed`` prices the latter in a step that also has
     chunks, where engines run one kernel for both that suits decodes less. ``sequence_ps``: overhead of each sequence.
+    ``shared_ps``: what every chunk but a step's first costs less than alone, as all are one kernel with one launch; at
+    most what the shortest chunk costs.
     """
 
     linear: Fixed
@@ -76,6 +78,7 @@ class Operators:
     chunk: Callable[[int], Row]
     decode: Callable[[int], Row]
     mixed: Callable[[int], Row]
+    shared_ps: int = 0
 
 
 class Composed:
@@ -88,6 +91,7 @@ class Composed:
         self._chunk = lru_cache(CACHE_ENTRIES)(operators.chunk)
         self._decode = lru_cache(CACHE_ENTRIES)(operators.decode)
         self._beside_chunks = lru_cache(CACHE_ENTRIES)(operators.mixed)
+        self._shared_ps = operators.shared_ps
 
     def line(self, work: Work) -> Line:
         chunks, seqs, context = work
@@ -102,18 +106,20 @@ class Composed:
     def _mixed(self, work: Work) -> Line:
         chunks, seqs, context = work
         total, sequences = seqs, seqs
-        first, slope, iterations, beyond = 0, 0, UNBOUNDED, False
+        first, slope, iterations, beyond = self._shared_ps, 0, UNBOUNDED, False
         for tokens, before in chunks:
             if tokens:
                 total += tokens
                 sequences += 1
                 value_ps, slope_ps, until, outside = self._chunk(tokens).segment(before, tokens)
-                first += value_ps
+                first += value_ps - self._shared_ps
                 slope += slope_ps
                 iterations = until if until < iterations else iterations
                 beyond |= outside
         if not sequences:
             return Line(0, 0, UNBOUNDED)
+        if total == seqs:
+            first = 0
         if seqs:
             rows = self._decode if total == seqs else self._beside_chunks
             value_ps, slope_ps, until, outside = rows(seqs).segment(context, seqs)
