@@ -16,9 +16,17 @@ from functools import cache
 from sim.policy import Limits, Problem
 from sim.types import SimulationError, Stage
 
-RUNTIME_BYTES = 1.25 * 2**30
-"""CUDA context, graphs and communication buffers of a GPU: what is left unexplained of the memory of a real vLLM
-0.19 server (Llama-3.1-8B, RTX 4090, 2588 blocks of 16) after weights, KV and activations."""
+RUNTIME_BYTES = 0.56 * 2**30
+"""What CUDA's context and vLLM take of a GPU beside weights, activations and KV: 0.13 GiB that vLLM reports, and nine
+tenths of the 0.48 GiB of the total that it does not see."""
+TP_RUNTIME_BYTES = 0.42 * 2**30
+"""More of the same where there are collectives."""
+SAMPLER_BYTES = 38
+"""Of every logit at the peak of vLLM's sampler, which it tries with ``max_num_seqs`` sequences before it counts blocks.
+
+These three: llm-d/llm-d-benchmark 2593348, empirical-vllm-memory-results.md (vLLM of 2025 on H100: Llama-3.1-8B and
+3.3-70B, Qwen3-0.6B and 32B, gpt-oss-20b: 38.4 to 39.5 bytes). KV of other servers, predicted: Qwen3-32B on two H100
+34.7 GiB a GPU (33.7 in LMCache's FAQ), Llama-3.1-8B on an RTX 4090 2,513 blocks (2,588, LLMServingSim)."""
 DEFAULT_BATCHED_TOKENS = 2048
 
 
@@ -30,13 +38,10 @@ def kv_bytes_available(problem: Problem, stage: Stage, limits: Limits) -> float:
     width = 4 * model.hidden_size + 3 * model.intermediate_size / stage.tp
     activation_bytes = 2 * tokens * width
     if stage.end_layer == model.num_layers:
-        activation_bytes += 4 * limits.max_num_seqs * model.vocab_size
-    return (
-        memory_bytes
-        - model.weight_bytes(stage.first_layer, stage.end_layer) / stage.tp
-        - activation_bytes
-        - RUNTIME_BYTES
-    )
+        activation_bytes = max(activation_bytes, SAMPLER_BYTES * limits.max_num_seqs * model.vocab_size)
+    weight_bytes = model.weight_bytes(stage.first_layer, stage.end_layer) / stage.tp
+    runtime_bytes = RUNTIME_BYTES + (TP_RUNTIME_BYTES if stage.tp > 1 else 0)
+    return memory_bytes - weight_bytes - activation_bytes - runtime_bytes
 
 
 def kv_blocks(problem: Problem, stages: tuple[Stage, ...], limits: Limits) -> int:

@@ -2,5 +2,6 @@
 
 Real runs judge and are never fitted on, but for the constants in ``constants.py``, which no kernel table can give: each
 is fitted on a stated part of the cells of one study (at most half), and the rest judges. One module per group of runs;
-``table.py`` says what a row is, ``__main__.py`` writes tables and plots. Start with ``kv_bound.py``.
+``table.py`` says what a row is, ``__main__.py`` writes tables and plots. ``unseen.py`` predicts any other run from its
+metadata (``metadata.py``, ``recorded.py``). Start with ``kv_bound.py``.
 """

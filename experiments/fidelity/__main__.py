@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.fidelity import decode_steps, kv_bound, placements, report, served, tables
+from experiments.fidelity import crossed, decode_steps, kv_bound, placements, report, served, tables
 from experiments.fidelity.table import Study
 from sim.types import ConfigError
 
@@ -22,6 +22,8 @@ STUDIES: dict[str, Callable[[Path], Study]] = {
     "aiconfigurator": served.study,
     "splitwise": tables.splitwise,
     "helix": tables.helix,
+    "models": crossed.models,
+    "gpus": crossed.gpus,
 }
 
 

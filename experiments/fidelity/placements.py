@@ -98,7 +98,9 @@ def study(measured: Path) -> Study:
             f"{FRONT_END_S * 1e3:.1f} ms (proxy, HTTP, tokenizer), "
             f"hand-off of a split {HAND_OFF_S * 1e3:.1f} ms; 0.5 and 2 QPS judge",
             "overhead between steps is SYNCHRONOUS, as fitted on gpullm",
-            "order by E2E: in the wrong cells the placements differ by 2 to 8 %, most with 1 to 5 conversations",
+            "order by E2E: the three wrong cells are means over few requests: 4R at 0.5 QPS has 10.2 ms "
+            "TPOT in huge_paste (5 conversations; 8.0 to 8.6 at every higher rate) and 8.2 in very_long_gen (3 against "
+            "1), and in long_gen at 2 QPS the two differ by 1.6 %",
         ),
     )
 

@@ -6,8 +6,9 @@ The engine differs from the one whose kernels are used; nothing is fitted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,13 +31,13 @@ LIMITS = Limits(max_num_batched_tokens=8192, max_num_seqs=256)
 def study(measured: Path) -> Study:
     """``measured``: the folder of real runs."""
     points = pd.read_csv(measured / FILE)
-    rows = tuple(row for point in points.itertuples() for row in _rows(point))
+    rows = tuple(row for point in points.to_dict("records") for row in _rows(point))
     return Study(
         title="TensorRT-LLM 1.0, Llama-3.1-8B, H100 at TP 1 to 8, closed loop, from kernels of vLLM 0.19",
         rows=rows,
         bars=(median_bar(STUDY, judged(rows, "TPOT"), 0.15, 0.08), _rank(judged(rows, "TPOT"))),
         notes=(
-            f"{ROUNDS} requests a client, the first ones at once; 8,192 tokens a step; no overhead between steps "
+            f"{ROUNDS} requests a client, the first ones at once; 8,192 tokens a step; ASYNCHRONOUS overhead "
             "(TensorRT-LLM overlaps scheduling); TTFT is shown but has no bar: it depends on the number of requests",
         ),
     )
@@ -59,9 +60,8 @@ def simulate_point(clients: int, input_tokens: int, output_tokens: int, tp: int)
     return run(cluster, system, Following(first, after), [shipped("vllm-0.19-h100-sxm")], LIMITS, ASYNCHRONOUS)
 
 
-def _rows(point: object) -> Iterator[Row]:
-    clients, tp = int(point.batch_size), int(point.tp_size)  # type: ignore[attr-defined]
-    isl, osl = int(point.isl), int(point.osl)  # type: ignore[attr-defined]
+def _rows(point: Mapping[Hashable, Any]) -> Iterator[Row]:
+    clients, tp, isl, osl = (int(point[name]) for name in ("batch_size", "tp_size", "isl", "osl"))
     result = simulate_point(clients, isl, osl, tp)
     requests = result.requests
     for metric, column in (("TTFT", "ttft_s"), ("TPOT", "tpot_s")):
@@ -70,7 +70,7 @@ def _rows(point: object) -> Iterator[Row]:
             case=f"TP{tp}, {isl} -> {osl} tokens, {clients} clients",
             metric=metric,
             unit="ms",
-            measured=float(getattr(point, f"silicon_{metric.lower()}_ms")),
+            measured=float(point[f"silicon_{metric.lower()}_ms"]),
             predicted=float(requests[column].mean()) * 1e3,
             load=busy(result),
         )

@@ -9,7 +9,7 @@ from calibrate.profile_file import read_profile, shipped_profiles
 from sim import Limits, Problem, Request, Result, Workload, simulate
 from sim.cluster import Cluster
 from sim.cost import Fitted, Overhead, Profile
-from sim.model import model
+from sim.model import ModelSpec, model
 from sim.policy import Source, System
 
 LLAMA = "llama-3.1-8b"
@@ -49,12 +49,13 @@ def run(
     limits: Limits,
     overhead: Overhead | None = None,
     *,
+    spec: ModelSpec | None = None,
     step_by_step: bool = False,
 ) -> Result:
-    """Simulate Llama-3.1-8B in bfloat16."""
+    """Simulate a model: ``spec``, else Llama-3.1-8B in bfloat16."""
     problem = Problem(
         cluster=cluster,
-        model=model(LLAMA),
+        model=spec or model(LLAMA),
         cost=Fitted(profiles=tuple(profiles), overhead=overhead),
         workload=Workload(rate_per_s=1.0, lengths=((1000, 100),)),
     )

@@ -17,23 +17,22 @@ SPLITWISE, HELIX = "splitwise", "helix"
 def splitwise(measured: Path) -> Study:
     """Held-out error of Splitwise's steps; ``measured``: the folder of real runs."""
     profile = import_splitwise(measured / "splitwise/perf_model.csv")
-    return Study(
-        title="Splitwise's steps, ten random 80:20 splits",
-        rows=(),
-        bars=tuple(_bar(SPLITWISE, profile, name, 0.03, 0.02) for name in ("prefill", "decode")),
-        notes=("mean over the six pairs of model, GPU and TP degree; steps by one prompt, decodes by batch",),
-    )
+    title = "Splitwise's steps, ten random 80:20 splits"
+    note = "mean over the six pairs of model, GPU and TP degree; steps by one prompt, decodes by batch"
+    return _study(SPLITWISE, title, note, profile, must=0.03, aim=0.02)
 
 
 def helix(measured: Path) -> Study:
     """Held-out error of Helix's layers."""
     profile = import_helix(measured / "helix/simulator/model_manager")
-    return Study(
-        title="Helix's per-layer times, ten random 80:20 splits",
-        rows=(),
-        bars=tuple(_bar(HELIX, profile, name, 0.05, 0.03) for name in ("prefill", "decode")),
-        notes=("mean over fourteen pairs of model and machine; the file rounds to whole ms",),
-    )
+    title = "Helix's per-layer times, ten random 80:20 splits"
+    note = "mean over fourteen pairs of model and machine; the file rounds to whole ms"
+    return _study(HELIX, title, note, profile, must=0.05, aim=0.03)
+
+
+def _study(name: str, title: str, note: str, profile: Profile, must: float, aim: float) -> Study:
+    bars = tuple(_bar(name, profile, part, must, aim) for part in ("prefill", "decode"))
+    return Study(title=title, rows=(), bars=bars, notes=(note,))
 
 
 def _bar(study: str, profile: Profile, name: str, must: float, aim: float) -> Bar:

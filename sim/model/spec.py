@@ -200,7 +200,8 @@ class ModelSpec:
         if not 0 <= first_layer < end_layer <= self.num_layers:
             raise ConfigError(f"{self.name}: layers {first_layer} to {end_layer} are not within 0 to {self.num_layers}")
         first, last = first_layer == 0, end_layer == self.num_layers
-        layers = sum(self._layer_params(layer) for layer in range(first_layer, end_layer))
+        dense = max(0, min(end_layer, self.first_dense_layers) - first_layer)
+        layers = (end_layer - first_layer - dense) * self.layer_params + (dense * self._layer_params(0) if dense else 0)
         matrices = 1 if first and last and self.tie_word_embeddings else first + last
         outer = matrices * self.embedding_params + first * self.outer_vector_params
         layer_bytes = self.weight_bytes_per_param or DTYPE_BYTES[self.dtype]

@@ -1,0 +1,196 @@
+"""What a run's metadata says of its engine and machine, and what vLLM's defaults say where it is silent.
+
+``read_facts(meta)`` takes the ``meta.json`` of an LLMServingSim run (vLLM's resolved configuration) or any mapping with
+vLLM's names at its top level. Every default that is used is listed in ``Facts.assumed``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sim import Limits
+from sim.cluster import Gpu, gpu
+from sim.types import ConfigError
+
+PLACES = (
+    "resolved_config.scheduler_config", "resolved_config.cache_config", "resolved_config.parallel_config",
+    "resolved_config.model_config", "kv_cache", "engine_kwargs", "hardware", "",
+)  # fmt: skip
+"""Where a setting may stand, the most reliable first."""
+GPU_NAMES = (
+    ("rtx 4090", "RTX-4090"), ("rtx pro 6000", "RTX-PRO-6000"), ("rtx 3090 ti", "RTX-3090-Ti"),
+    ("rtx 3090", "RTX-3090"), ("rtx a6000", "A6000"), ("rtx a5000", "A5000"), ("l40s", "L40S"), ("l4", "L4"),
+    ("a100 sxm4 40gb", "A100-40G-SXM"), ("a100 sxm4?", "A100-80G-SXM"), ("a100 80gb pcie", "A100-80G-PCIe"),
+    ("a100 pcie 80gb", "A100-80G-PCIe"), ("h100 pcie", "H100-PCIe"), ("h100", "H100-SXM"), ("h200", "H200-SXM"),
+    ("b200", "B200"), ("a40", "A40"), ("a10g", "A10G"), ("v100 sxm2 32gb", "V100-32G"), ("v100 sxm2 16gb", "V100-16G"),
+    ("tesla t4", "T4"),
+)  # fmt: skip
+"""Words of CUDA's device name, hyphens as spaces, and the catalogue's name; the first that fits."""
+SUFFIXES = re.compile(r"(-(instruct|chat|hf|base|it|\d{4}))+$")
+SAME_SHAPE = {"llama-3-8b": "llama-3.1-8b", "llama-3-70b": "llama-3.1-70b", "llama-3.3-70b": "llama-3.1-70b"}
+LATEST = (0, 19)
+"""Release whose defaults are taken where none is named: the one that the kernel tables are of."""
+LARGE_GPU_BYTES = 70 * 2**30
+MEMORY_TOLERANCE = 0.08
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """An engine as it ran. ``assumed``: what the metadata did not say, and what was taken for it."""
+
+    model: str
+    dtype: str | None
+    gpu: Gpu
+    tp: int
+    pp: int
+    replicas: int
+    version: tuple[int, int]
+    limits: Limits
+    chunked_prefill: bool
+    long_prefill_token_threshold: int
+    reserve_full_prompt: bool
+    async_scheduling: bool
+    assumed: tuple[str, ...]
+
+
+class _Meta:
+    """Looks settings up, and notes those that were not found."""
+
+    def __init__(self, meta: Mapping[str, Any], where: str) -> None:
+        self.where = where
+        self.parts = [_part(meta, place) for place in PLACES]
+        self.assumed: list[str] = []
+
+    def get(self, *names: str) -> Any:
+        """The first value that is stated under any of these names, else None."""
+        stated = (part.get(name) for part in self.parts for name in names)
+        return next((value for value in stated if value is not None), None)
+
+    def integer(self, name: str, default: int) -> int:
+        value = self._stated(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(f"{self.where}: {name} is {value!r}; it must be a whole number >= 0")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._stated(name, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self.where}: {name} is {value!r}; it must be true or false")
+        return value
+
+    def share(self, name: str, default: float) -> float:
+        value = self._stated(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ConfigError(f"{self.where}: {name} is {value!r}; it must be a share, above 0 and at most 1")
+        return float(value)
+
+    def _stated(self, name: str, default: Any) -> Any:
+        value = self.get(name)
+        if value is None:
+            self.assumed.append(f"{name} {default}")
+            return default
+        return value
+
+
+def _part(meta: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    for name in place.split(".") if place else ():
+        inner = meta.get(name)
+        meta = inner if isinstance(inner, Mapping) else {}
+    return meta
+
+
+def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
+    """``where`` is the file named in errors. ``ConfigError`` if model or GPU are missing or unknown."""
+    look = _Meta(meta, where)
+    version = _version(look)
+    device = _device(look)
+    tp, pp = look.integer("tensor_parallel_size", 1), look.integer("pipeline_parallel_size", 1)
+    large = device.memory_bytes >= LARGE_GPU_BYTES and not device.name.startswith("A100")
+    blocks, longest = look.get("num_gpu_blocks"), look.get("max_model_len")
+    if blocks is None:
+        look.assumed.append("num_gpu_blocks: what follows from the memory")
+    limits = Limits(
+        max_num_seqs=look.integer("max_num_seqs", 1024 if large and version >= (0, 9) else 256),
+        max_num_batched_tokens=look.integer("max_num_batched_tokens", 8192 if large else 2048),
+        max_model_len=longest,
+        block_size=look.integer("block_size", 16),
+        num_kv_blocks=blocks,
+        gpu_memory_utilization=look.share("gpu_memory_utilization", 0.9),
+        prefix_caching=look.flag("enable_prefix_caching", version >= (0, 8)),
+    )
+    return Facts(
+        model=_model(look),
+        dtype=_dtype(look),
+        gpu=device,
+        tp=tp,
+        pp=pp,
+        replicas=look.integer("data_parallel_size", 1),
+        version=version,
+        limits=limits,
+        chunked_prefill=look.flag("enable_chunked_prefill", version >= (0, 8)),
+        long_prefill_token_threshold=look.integer("long_prefill_token_threshold", 0),
+        reserve_full_prompt=look.flag("scheduler_reserve_full_isl", version >= (0, 19)),
+        async_scheduling=look.flag("async_scheduling", _asynchronous(look, version, pp)),
+        assumed=tuple(look.assumed),
+    )
+
+
+def _asynchronous(look: _Meta, version: tuple[int, int], pp: int) -> bool:
+    """vLLM's default: from 0.14 on, but not with pipelines (before 0.15) or speculation by other than EAGLE and MTP.
+
+    Release notes of 0.14.0; pull requests 27614, 31998 and 32359 of vllm-project/vllm.
+    """
+    if version < (0, 14) or (pp > 1 and version < (0, 15)):
+        return False
+    speculation = look.get("speculative_config")
+    method = speculation.get("method") if isinstance(speculation, Mapping) else speculation
+    return method is None or "eagle" in str(method).lower() or "mtp" in str(method).lower()
+
+
+def _version(look: _Meta) -> tuple[int, int]:
+    text = look.get("vllm_version")
+    found = re.match(r"v?(\d+)\.(\d+)", str(text))
+    if found is None:
+        look.assumed.append(f"vllm_version {LATEST[0]}.{LATEST[1]}")
+        return LATEST
+    return int(found[1]), int(found[2])
+
+
+def _device(look: _Meta) -> Gpu:
+    name = look.get("device_name", "gpu")
+    if name is None:
+        raise ConfigError(f"{look.where}: device_name (or gpu) is missing; state the GPU, such as RTX-4090")
+    words = re.sub(r"[-_\s]+", " ", str(name).lower())
+    kind = next((kind for part, kind in GPU_NAMES if re.search(rf"\b{part}\b", words)), None)
+    device = gpu(kind or str(name))
+    memory_bytes = look.get("device_total_memory_bytes")
+    if memory_bytes is not None and abs(memory_bytes / device.memory_bytes - 1) > MEMORY_TOLERANCE:
+        look.assumed.append(
+            f"rates of the {device.name}, which has other memory than the {memory_bytes / 2**30:.0f} GiB"
+        )
+        return replace(device, memory_bytes=memory_bytes)
+    return device
+
+
+def _model(look: _Meta) -> str:
+    name = look.get("model", "model_id", "model_name")
+    if name is None:
+        raise ConfigError(f"{look.where}: model is missing; state it, such as meta-llama/Llama-3.1-8B")
+    text = str(name)
+    if text.endswith(".json"):
+        return text
+    short = SUFFIXES.sub("", text.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-"))
+    return SAME_SHAPE.get(short, short)
+
+
+def _dtype(look: _Meta) -> str | None:
+    quantization = look.get("quantization")
+    if quantization is not None:
+        if "fp8" not in str(quantization):
+            raise ConfigError(f"{look.where}: quantization is {quantization!r}; known: fp8, or none")
+        return "float8"
+    text = str(look.get("dtype") or "auto").removeprefix("torch.")
+    return None if text == "auto" else {"half": "float16", "float": "float32"}.get(text, text)

@@ -1,0 +1,226 @@
+"""Costs that unseen runs depend on: overlapped processor time, models from kernels, relatives of measured GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibrate.profile_file import profile_text, read_profile, shipped_profiles
+from calibrate.relatives import RELATIVES, kernels_for
+from experiments.resolve import build_cost
+from experiments.scenario import OverheadSpec
+from sim.cluster import Cluster, gpu
+from sim.cost import (
+    AttentionTable,
+    Fitted,
+    GemmTable,
+    Grid,
+    Kernels,
+    Overhead,
+    Profile,
+    StageCost,
+    Table,
+    advanced,
+    seconds,
+)
+from sim.cost.step import Composed
+from sim.model import ModelSpec, model
+from sim.types import Stage, Work
+
+KERNELS = read_profile(shipped_profiles()["vllm-0.19-kernels-rtx-pro-6000"])
+LLAMA, EXPERTS = model("llama-3.1-8b"), model("qwen3-30b-a3b")
+
+
+def bound(spec: ModelSpec = LLAMA, tp: int = 1, layers: tuple[int, int] | None = None, **options: Any) -> StageCost:
+    cluster = Cluster.of(nodes=[{"gpu": "RTX-PRO-6000", "count": tp}])
+    first, end = layers or (0, spec.num_layers)
+    stage = Stage(name="s", gpus=cluster.gpu_ids, first_layer=first, end_layer=end)
+    return Fitted(**{"profiles": [KERNELS], "overhead": Overhead(), **options}).bind(spec, stage, cluster)
+
+
+# ---------------------------------------------------------------- asynchronous scheduling
+
+
+def test_a_step_takes_the_longer_of_kernels_and_processor() -> None:
+    work = Work((), 8, 8 * 500)
+    kernels_s = seconds(bound(), work)
+    for step_s, sequence_s in ((kernels_s / 2, 0.0), (2 * kernels_s, 0.0), (kernels_s, 1e-4)):
+        part = Overhead(step_s=step_s, sequence_s=sequence_s)
+        host_s = step_s + 8 * sequence_s
+        both = bound(overhead=replace(part, overlapped=True))
+        assert seconds(both, work) == pytest.approx(max(kernels_s, host_s))
+        assert seconds(bound(overhead=part), work) == pytest.approx(kernels_s + host_s)
+
+
+def test_only_the_first_stage_waits_for_the_processor() -> None:
+    overhead = Overhead(step_s=1.0, overlapped=True)
+    assert seconds(bound(overhead=overhead, layers=(0, 16)), Work((), 1, 10)) == 1.0
+    assert seconds(bound(overhead=overhead, layers=(16, 32)), Work((), 1, 10)) < 0.1
+    assert seconds(bound(overhead=overhead), Work((), 0, 0)) == 0.0
+
+
+@given(
+    step_s=st.floats(0, 0.05), seqs=st.integers(1, 64), context=st.integers(1, 8192), chunk=st.sampled_from([0, 5, 64])
+)
+def test_overlapped_lines_keep_the_law(step_s: float, seqs: int, context: int, chunk: int) -> None:
+    cost = bound(overhead=Overhead(step_s=step_s, sequence_s=1e-5, overlapped=True))
+    work = Work(((chunk, 100),) if chunk else (), seqs, seqs * context)
+    line = cost.line(work)
+    for i in {0, 1, min(line.iterations, 5000) // 2, min(line.iterations, 5000) - 1}:
+        if i < line.iterations:
+            later = cost.line(advanced(work, i))
+            assert (later.first_ps, later.extrapolated) == (line.first_ps + i * line.slope_ps, line.extrapolated)
+
+
+def test_a_line_ends_where_the_kernels_take_longer() -> None:
+    """The processor's time lies between the fourth iteration's kernels and the fifth's."""
+    work = Work((), 8, 8 * 5000)
+    first_ps, slope_ps, *_ = bound().line(work)
+    cost = bound(overhead=Overhead(step_s=(first_ps + 3.5 * slope_ps) / 1e12, overlapped=True))
+    line = cost.line(work)
+    assert (line.slope_ps, line.iterations) == (0, 4)
+    assert cost.line(advanced(work, 4)).first_ps == first_ps + 4 * slope_ps > line.first_ps
+
+
+def test_a_scenario_may_ask_for_it() -> None:
+    cost = build_cost(None, OverheadSpec(step_s=1.0, async_scheduling=True))
+    assert isinstance(cost, Fitted)
+    assert cost.overhead == Overhead(step_s=1.0, overlapped=True)
+
+
+# ---------------------------------------------------------------- chunks of one step
+
+
+def test_chunks_of_a_step_share_their_launch() -> None:
+    """64 prompts of 16 tokens: one kernel, not 64 launches of 7 us in each of 32 layers."""
+    cost = bound()
+    assert isinstance(cost, Composed)
+    alone_ps = cost.operators.chunk(16).segment(0, 16)[0]
+    whole_ps = cost.line(Work(((16, 0),) * 64, 0, 0)).first_ps
+    fixed_ps = sum(part(count)[0] for part, count in zip(_fixed(cost), (1024, 1024, 64), strict=True))
+    assert whole_ps - fixed_ps == 64 * alone_ps - 63 * cost.operators.shared_ps
+    assert 0.85 * alone_ps < cost.operators.shared_ps < alone_ps
+
+
+def _fixed(cost: Composed) -> tuple[Any, Any, Any]:
+    return cost.operators.linear, cost.operators.embedding, cost.operators.head
+
+
+def test_every_further_chunk_costs_something() -> None:
+    cost = bound()
+    prices = [cost.line(Work(((16, 0),) * count, 3, 300)).first_ps for count in range(1, 6)]
+    assert all(a < b for a, b in pairwise(prices))
+
+
+# ---------------------------------------------------------------- models from kernels
+
+
+def hand_made(**changes: Any) -> Kernels:
+    """One key a nanosecond for one tile, launches of 10 us, one 8-head shape of one KV head."""
+    lengths = (16, 1024, 4096)
+    prefill = Table(counts=lengths, seconds=tuple(10e-6 + n * 1e-9 for n in lengths), per="layer")
+    decode = Grid(counts=(1, 64), contexts=(1, 4096), seconds=((10e-6, 10e-6), (10e-6, 10e-6)), per="layer")
+    attention = AttentionTable(heads=32, kv_heads=8, head_dim=128, prefill=prefill, decode=decode)
+    widths = (1024, 65536)
+    flat = tuple(tuple((1e-6, 2e-6) for _ in widths) for _ in widths)
+    gemm = GemmTable(tokens=(1, 4096), n=widths, k=widths, seconds=flat)
+    made = Kernels(gpus=("A100-80G-SXM",), dtypes=("bfloat16",), gemm=gemm, attention=(attention,))
+    return replace(made, **changes)
+
+
+def test_a_short_chunk_passes_along_its_whole_context() -> None:
+    entry = hand_made().entry(LLAMA, 1, gpu("A100-80G-SXM"))
+    assert entry is not None
+    assert entry.attention_prefill is not None
+    row = dict(zip(entry.attention_prefill.contexts, entry.attention_prefill.seconds[0], strict=True))
+    assert row[4096] - row[0] == pytest.approx(4096e-9)
+
+
+def test_decodes_read_their_kv_from_memory() -> None:
+    """64 x 4096 tokens of 4 KiB at 0.8 of 2,039 GB/s after a launch of 10 us, though the table says 10 us."""
+    entry = hand_made().entry(LLAMA, 1, gpu("A100-80G-SXM"))
+    assert entry is not None
+    assert entry.attention_decode is not None
+    assert entry.attention_decode.seconds[-1][-1] == pytest.approx(10e-6 + 64 * 4096 * 4096 / (0.8 * 2039e9))
+
+
+@pytest.mark.parametrize(("beside", "factor"), [(0.0, 1.0), (0.1, 1.0), (0.5, 2.0)])
+def test_decodes_beside_chunks(beside: float, factor: float) -> None:
+    """Four query heads a KV head: 0.5 of 4 is 2; and no less than one tile's way along the context."""
+    entry = hand_made(beside_chunks=beside).entry(LLAMA, 1, gpu("A100-80G-SXM"))
+    assert entry is not None
+    assert entry.attention_decode is not None
+    assert entry.attention_mixed is not None
+    alone, mixed = entry.attention_decode.seconds, entry.attention_mixed.seconds
+    assert mixed[-1][-1] == pytest.approx(alone[-1][-1] * factor)
+
+
+def test_experts_cost_what_reading_them_costs_and_some_arithmetic() -> None:
+    """Qwen3-30B-A3B, one token: 8 of 128 experts of 9.4 MB; 2,048 tokens: all of them."""
+    one, many = (seconds(bound(EXPERTS), Work(((tokens, 0),), 0, 0)) for tokens in (1, 2048))
+    reach_s = 48 * 8 * 3 * 2048 * 768 * 2 / 1792e9
+    all_s = 48 * 128 * 3 * 2048 * 768 * 2 / 1792e9
+    assert reach_s < one < 4 * reach_s
+    assert all_s < many < 3 * all_s
+
+
+def test_two_gpus_share_a_mixture_of_experts() -> None:
+    """Faster at decodes, but never twice as fast: there are all-reduces over PCIe."""
+    decodes, prompt = Work((), 64, 64_000), Work(((512, 0),), 0, 0)
+    for work in (decodes, prompt):
+        assert seconds(bound(EXPERTS), work) / 2 < seconds(bound(EXPERTS, tp=2), work)
+    assert seconds(bound(EXPERTS, tp=2), decodes) < seconds(bound(EXPERTS), decodes)
+    assert bound(EXPERTS, tp=2).measured
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_prices_of_experts_rise_and_add_up(tp: int) -> None:
+    cost = bound(EXPERTS, tp=tp)
+    for low, high in ((Work((), 1, 100), Work((), 2, 200)), (Work(((64, 0),), 0, 0), Work(((65, 0),), 0, 0))):
+        assert cost.line(low).first_ps <= cost.line(high).first_ps
+    work = Work(((256, 512),), 8, 8000)
+    halves = [bound(EXPERTS, tp=tp, layers=part).line(work).first_ps for part in ((0, 24), (24, 48))]
+    assert sum(halves) == pytest.approx(cost.line(work).first_ps, rel=1e-6)
+
+
+def test_latent_attention_has_no_kernels() -> None:
+    spec = replace(LLAMA, first_dense_layers=1)
+    assert hand_made().entry(spec, 1, gpu("A100-80G-SXM")) is None
+
+
+# ---------------------------------------------------------------- relatives
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_relative_prices_models_on_its_gpu_and_says_that_it_predicts(name: str) -> None:
+    profile = kernels_for(gpu(name))
+    assert profile is not None
+    assert profile.kernels[0].gpus == (name,)
+    assert "predicted" in profile.provenance.method
+    assert set(profile.kernels[0].all_reduce) >= {2}
+
+
+def test_measured_gpus_have_no_relative() -> None:
+    assert kernels_for(gpu("H100-SXM")) is None
+
+
+def test_a_launch_does_not_scale() -> None:
+    """A relative with a third of the bandwidth: one short decode still takes a launch."""
+    relative = kernels_for(gpu("L4"))
+    source = read_profile(shipped_profiles()["vllm-0.14-l40s"])
+    assert relative is not None
+    ours, theirs = (part.kernels[0].attention[0].decode.seconds for part in (relative, source))
+    assert ours[0][0] == theirs[0][0]
+    assert ours[-1][-1] == pytest.approx(theirs[-1][-1] * 864 / 300, rel=0.01)
+
+
+def test_beside_chunks_survives_its_file(tmp_path: Any) -> None:
+    profile = Profile(name="hand", provenance=KERNELS.provenance, kernels=(hand_made(beside_chunks=0.5),))
+    path = tmp_path / "k.json"
+    path.write_text(profile_text(profile))
+    assert read_profile(path) == profile
