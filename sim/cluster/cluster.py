@@ -123,17 +123,16 @@ class Cluster:
         return Path(tuple((f"pcie:{gpu_id}:in", 1 / len(gpus)) for gpu_id in gpus), PCIE_LATENCY_S)
 
     def collective_link(self, gpus: tuple[str, ...]) -> Link:
-        """The slowest link of a group, per GPU, for alpha-beta costs; a group of one costs nothing.
+        """The slowest link of a group's ring, for alpha-beta costs; a group of one costs nothing.
 
-        Across machines, the GPUs of the group on one machine share its port, and the line, evenly.
+        A ring leaves a machine once, however many of its GPUs take part, so it has that port to itself.
         """
         members = Counter(self.node(gpu_id).name for gpu_id in gpus)
         links = [self.peer_link(node) for node in self.nodes if members[node.name] > 1]
         for a, b in permutations((node for node in self.nodes if node.name in members), 2):
             hop = _hop(self, a.gpu_ids[0], b.gpu_ids[0])
-            sharing = max(members[a.name], members[b.name])
-            rates = [self._capacity[name] / (1 if name.startswith("pcie:") else sharing) for name in hop.resources]
-            links.append(Link(bytes_per_s=min(rates), latency_s=hop.latency_s))
+            rate = min(self._capacity[name] for name in hop.resources)
+            links.append(Link(bytes_per_s=rate, latency_s=hop.latency_s))
         return Link(
             bytes_per_s=min((link.bytes_per_s for link in links), default=inf),
             latency_s=max((link.latency_s for link in links), default=0.0),
