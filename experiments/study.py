@@ -6,17 +6,19 @@ fit: what differs stays in the table, with the reason where we know it.
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.plots.style import GUIDE_COLOUR, RUN_COLOURS, Drawing, log_ticks, save, styled
+from experiments.progress import Log
 
 Kind = Literal["exact", "ratio", "direction", "aim"]
 Basis = Literal["arithmetic", "measured profile", "roofline", "splitwise-sim's model"]
@@ -45,6 +47,48 @@ class Comparison:
         if not self.published or self.ours is None or not isfinite(self.ours):
             return None
         return self.ours / self.published
+
+
+def row(
+    where: str, what: str, published: float | None, ours: float | None, unit: str, basis: Basis = "roofline",
+    *, kind: Kind = "ratio", text: str = "", note: str = "",
+) -> Comparison:  # fmt: skip
+    """A ``Comparison`` in the order in which one says it."""
+    return Comparison(
+        where=where, what=what, unit=unit, kind=kind, basis=basis, published=published, ours=ours, text=text, note=note
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """A study as a command. ``sizes``: option, (what ``rows`` gets for it, help); "" is the one without an option."""
+
+    name: str
+    title: str
+    intro: str
+    sizes: Mapping[str, tuple[Any, str]]
+    rows: Callable[[Any, Log, Path | None], Iterable[Comparison]]
+    """Given the size, the log, and the file of ``--cache``."""
+    cached: bool = False
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        given = self._parser().parse_args(arguments)
+        rows = list(self.rows(given.size, Log(), given.cache if self.cached else None))
+        write(given.out, self.name, self.title, self.intro, rows)
+
+    def _parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(description=self.title)
+        files = f"folder for {self.name}.md, .csv, .png and .svg"
+        parser.add_argument("--out", type=Path, required=True, help=files)
+        parser.set_defaults(size=self.sizes[""][0])
+        group = parser.add_mutually_exclusive_group()
+        for option, (size, text) in self.sizes.items():
+            if option:
+                group.add_argument(f"--{option}", action="store_const", const=size, dest="size", help=text)
+        if self.cached:
+            text = "file that keeps what was found, so that an interrupted study goes on; delete it after changes"
+            parser.add_argument("--cache", type=Path, default=None, help=text)
+        return parser
 
 
 def table(rows: Sequence[Comparison]) -> pd.DataFrame:
@@ -85,8 +129,8 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def _drawn(title: str, rows: Sequence[Comparison]) -> Drawing:
-    """Ours over published, one line each, on a logarithmic axis; rows without both numbers are left out."""
-    shown = [row for row in rows if row.ratio is not None]
+    """Ours over published, one line each, on a logarithmic axis; rows without a ratio above 0 are left out."""
+    shown = [row for row in rows if row.ratio is not None and row.ratio > 0]
     with styled():
         figure = Figure(figsize=(10, 1.6 + 0.27 * len(shown)), layout="constrained")
         axes = figure.subplots()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sim import SYSTEMS, ConfigError
 from sim.cluster import Cluster
 from sim.cost import PowerCapped, advanced
+from sim.goodput import highest_rate
 from sim.planners.provisioning import (
     Alone,
     Design,
@@ -19,7 +20,6 @@ from sim.planners.provisioning import (
     Throughput,
     alone,
     fewest_machines,
-    highest_rate,
     most_requests,
     slowdowns,
 )

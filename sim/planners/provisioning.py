@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.cost import StageCost
+from sim.goodput import highest_rate
 from sim.types import PS_PER_S, ConfigError, Work
 
 PERCENTILES = (50, 90, 99)
@@ -106,26 +107,6 @@ class Throughput(NamedTuple):
     rate_per_s: float
 
 
-def highest_rate(feasible: Callable[[float], bool], low: float, high: float, step: float) -> float:
-    """Largest feasible ``low`` + a multiple of ``step``, up to ``high``; 0 if ``low`` is not feasible.
-
-    Strides double until one fails, then halve: rates far above what is served are slow to simulate.
-    """
-    if not step > 0 or not 0 < low <= high:
-        raise ConfigError(f"rates: low {low}, high {high}, step {step}; give 0 < low <= high and step > 0")
-    if not feasible(low):
-        return 0.0
-    good, most, stride = 0, int((high - low) / step + 1e-9), 1
-    while good + stride <= most and feasible(low + (good + stride) * step):
-        good += stride
-        stride *= 2
-    while stride > 1:
-        stride //= 2
-        if good + stride <= most and feasible(low + (good + stride) * step):
-            good += stride
-    return low + good * step
-
-
 def most_requests(
     feasible: Feasible,
     designs: Sequence[Design],
@@ -165,14 +146,29 @@ def most_requests(
 def _along_the_top(
     feasible: Feasible, designs: Sequence[Design], best: Throughput, high: float, step: float
 ) -> Throughput:
-    """Rates are multiples of a step: beyond neighbours that do no better another may."""
+    """Rates are multiples of a step: beyond neighbours that do no better another may.
+
+    Those that serve the best rate lie side by side, so only where they end is searched for; all of them are asked for a
+    step more.
+    """
     place = designs.index(best.design)
     for side in (designs[place + 1 :], designs[:place][::-1]):
-        for design in side:
-            if not feasible(design, best.rate_per_s):
-                break
+        for design in side[: _how_many(feasible, side, best.rate_per_s)]:
             best = _better(feasible, design, best, best.rate_per_s, high, step) or best
     return best
+
+
+def _how_many(feasible: Feasible, designs: Sequence[Design], rate_per_s: float) -> int:
+    """How many of the first designs serve the rate; behind one that does not, none does."""
+    good, stride = 0, 1
+    while good + stride <= len(designs) and feasible(designs[good + stride - 1], rate_per_s):
+        good += stride
+        stride *= 2
+    while stride > 1:
+        stride //= 2
+        if good + stride <= len(designs) and feasible(designs[good + stride - 1], rate_per_s):
+            good += stride
+    return good
 
 
 def _better(
