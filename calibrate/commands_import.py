@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sim.cluster import did_you_mean
-from sim.types import ConfigError
-
 if TYPE_CHECKING:
     from sim.cost import Profile
 
@@ -49,6 +46,8 @@ def import_(
 def imported(format_: str, path: Path, network: Path | None = None) -> Profile:
     """The profile of the files at ``path``; ``ConfigError`` names the file, what is amiss with it, and the mend."""
     from calibrate.importers.plausible import check_units
+    from sim.cluster import did_you_mean
+    from sim.types import ConfigError
 
     if format_ not in FORMATS:
         raise ConfigError(f"FORMAT: {did_you_mean(format_, list(FORMATS))}")

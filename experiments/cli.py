@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments import commands_lists, commands_results, commands_trace
+from calibrate import cli as calibrate_cli
+from experiments import commands_calibrate, commands_goodput, commands_lists, commands_results, commands_trace
 
 if TYPE_CHECKING:
     from experiments.scenario import Scenario
@@ -27,8 +28,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(commands_trace.app, name="trace")
+app.add_typer(calibrate_cli.app, name="calibrate")
+commands_calibrate.register(calibrate_cli.app)
 commands_lists.register(app)
 commands_results.register(app)
+commands_goodput.register(app)
 
 ScenarioFile = Annotated[Path, typer.Argument(metavar="SCENARIO", help="scenario file (YAML)")]
 Overrides = Annotated[
@@ -129,10 +133,17 @@ def plot(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="a page that lists every key, instead")] = False,
+) -> None:
     """Print the JSON schema of scenario files."""
     from experiments.scenario import Scenario
 
+    if markdown:
+        from experiments.schema_page import page
+
+        print(page(), end="")
+        return
     _print_json(Scenario.model_json_schema())
 
 

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sim.cluster import did_you_mean
-from sim.types import ConfigError
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -56,6 +53,8 @@ def report(
 def _found(name: str) -> tuple[Profile, tuple[Samples, ...]]:
     from calibrate.profile_file import read_profile, shipped_profiles
     from calibrate.samples import read_samples
+    from sim.cluster import did_you_mean
+    from sim.types import ConfigError
 
     shipped = shipped_profiles()
     if name not in shipped and not Path(name).is_file():
@@ -96,6 +95,7 @@ def _draw(
     profile: Profile, samples: tuple[Samples, ...], against: str | None, over: pd.DataFrame | None, out: Path
 ) -> None:
     from experiments.plots.style import save
+    from sim.types import ConfigError
 
     try:
         out.mkdir(parents=True, exist_ok=True)

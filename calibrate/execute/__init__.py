@@ -1,0 +1,13 @@
+"""A thin real engine: what the simulator predicts, executed. Needs torch.
+
+``run.execute`` is the entrance. Read ``stage.py`` first (a stage runs steps), then ``decoder.py`` (one forward pass),
+``step_cost.py`` (the simulator's engine with measured steps) and ``wall.py`` (the simulator's engine against the real
+clock and worker processes).
+"""
+
+from sim.types import ConfigError
+
+try:
+    import torch  # noqa: F401
+except ImportError:
+    raise ConfigError("executing a model needs torch; pip install 'phasewise[calibrate]'") from None

@@ -1,0 +1,199 @@
+"""Execute what could be simulated: the same problem, system and requests, in one of two modes.
+
+``measured-step``: virtual clock, every step run on one device (``step_cost.py``). ``wall-clock``: real time, a worker
+process per stage, KV moved between them (``wall.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import torch
+
+from calibrate.execute.architecture import Architecture
+from calibrate.execute.fleet import Fleet, cores_for
+from calibrate.execute.step_cost import MeasuredCodec, MeasuredSteps
+from calibrate.execute.wall import ForPolicies, Wall
+from sim.cluster import did_you_mean
+from sim.engine import simulate
+from sim.memory import kv_blocks
+from sim.policy import Predictor, Problem, Source, System, Transfer, View
+from sim.record import Result
+from sim.types import Chunk, ClusterEvent, ConfigError, Move, Plan, Stage
+
+Mode = Literal["measured-step", "wall-clock"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How to execute. ``folder``: of a Hugging Face model, with its weights; None: weights drawn from the seed.
+
+    ``kv_blocks`` and ``memoise`` are for measured steps (see ``MeasuredSteps``), ``folder`` and ``emulate_links`` for
+    the wall clock (see ``Wall``). ``device``: cpu, cuda (workers take the GPUs in turn), or one as torch names it.
+    """
+
+    mode: Mode = "measured-step"
+    device: str = "cpu"
+    folder: str | None = None
+    kv_blocks: int = 4096
+    memoise: bool = False
+    emulate_links: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode: {did_you_mean(self.mode, get_args(Mode))}")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device: {self.device!r}: torch sees no CUDA device here; use cpu")
+        if self.folder is not None and self.mode != "wall-clock":
+            raise ConfigError(f"folder: {self.folder!r}: measured steps draw their weights; leave it out")
+
+
+def execute(
+    problem: Problem,
+    system: System,
+    source: Source,
+    how: Execution | None = None,
+    *,
+    plan: Plan | None = None,
+    events: Sequence[ClusterEvent] = (),
+    predictor: Predictor | None = None,
+    until_s: float | None = None,
+    progress: Callable[[int], None] | None = None,
+    outputs: dict[int, list[int]] | None = None,
+) -> Result:
+    """As ``simulate``, executed. ``outputs`` receives the generated tokens of each request (wall clock only).
+
+    ``ConfigError`` for what cannot be executed, ``WorkerLostError`` if a worker process dies.
+    """
+    how = how or Execution()
+    plan = plan if plan is not None else system.planner.plan(replace(problem, limits=system.limits))
+    options: dict[str, Any] = {"plan": plan, "predictor": predictor, "until_s": until_s, "progress": progress}
+    if how.mode == "measured-step":
+        return _with_measured_steps(problem, system, source, how, options | {"events": events})
+    _check_wall(system, plan, events)
+    return _by_the_wall_clock(problem, system, source, how, options, {} if outputs is None else outputs)
+
+
+def _with_measured_steps(
+    problem: Problem, system: System, source: Source, how: Execution, options: dict[str, Any]
+) -> Result:
+    cost = MeasuredSteps(
+        device=how.device, kv_blocks=how.kv_blocks, block_size=system.limits.block_size, memoise=how.memoise,
+        seed=problem.seed,
+    )  # fmt: skip
+    timed = replace(system, transfer=lambda: _with_measured_codec(system.transfer(), problem, how.device))
+    return simulate(replace(problem, cost=cost), timed, source, step_by_step=True, **options)
+
+
+def _by_the_wall_clock(
+    problem: Problem,
+    system: System,
+    source: Source,
+    how: Execution,
+    options: dict[str, Any],
+    outputs: dict[int, list[int]],
+) -> Result:
+    arch, plan = _architecture(problem, how), options["plan"]
+    with Fleet(_worker_configs(problem, system, plan, arch, how)) as fleet:
+        for replica in plan.replicas:
+            for front, back in pairwise(replica.leg):
+                fleet.say(front, {"do": "join", "port": fleet.ports[back]})
+        wall = Wall(
+            fleet, problem.cluster, vocab_size=arch.vocab_size, seed=problem.seed, kv_bits=_kv_bits(system.transfer()),
+            emulate_links=how.emulate_links,
+        )  # fmt: skip
+        at_once = replace(system, transfer=lambda: AtOnce(system.transfer()))
+        real = replace(problem, cost=ForPolicies(problem.cost))
+        result = simulate(real, at_once, source, hardware=wall, **options)
+    outputs.update(wall.outputs)
+    return result
+
+
+class AtOnce:
+    """Another transfer's KV, sent when the prompt is done: workers do not send layer by layer during a step.
+
+    Its overhead (synchronisation, codec) is not modelled: the workers take that time.
+    """
+
+    pull = False
+
+    def __init__(self, inner: Transfer) -> None:
+        self._inner = inner
+
+    def chunks(self, move: Move, view: View) -> tuple[Chunk, ...]:
+        return (Chunk(min(1.0, sum(share for share, _ in self._inner.chunks(move, view))), 1.0),)
+
+    def overhead_s(self, move: Move) -> float:
+        return 0.0
+
+
+def _kv_bits(transfer: Transfer) -> int:
+    """Bits per value of KV on the way: of a transfer that quantises, else 16 (as it is)."""
+    bits = int(getattr(transfer, "bits", 16))
+    if bits not in (4, 16):
+        raise ConfigError(f"system.bits: {bits} is not executed; workers send KV in 4 bits or as it is (16)")
+    return bits
+
+
+def _with_measured_codec(transfer: Transfer, problem: Problem, device: str) -> Transfer:
+    return transfer if _kv_bits(transfer) == 16 else MeasuredCodec(transfer, problem.model, device)
+
+
+def _check_wall(system: System, plan: Plan, events: Sequence[ClusterEvent]) -> None:
+    if events:
+        raise ConfigError(f"events: {events[0].kind} at {events[0].at_s} s: wall-clock runs have no made-up faults")
+    if system.limits.prefix_caching:
+        raise ConfigError("engine.prefix_caching: true: workers do not share prefixes; set it to false")
+    for replica in plan.replicas:
+        for stage in replica.stages:
+            if stage.tp > 1:
+                raise ConfigError(f"plan: stage {stage.name} has {stage.tp} GPUs; a worker is one device: use tp 1")
+
+
+def _architecture(problem: Problem, how: Execution) -> Architecture:
+    own = Architecture.of(problem.model)
+    if how.folder is None:
+        return own
+    given = Architecture.read(how.folder, problem.model.dtype)
+    for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+        if getattr(given, name) != getattr(own, name):
+            raise ConfigError(
+                f"{how.folder}: {name} is {getattr(given, name)}; {problem.model.name} has {getattr(own, name)}"
+            )
+    return given
+
+
+def _worker_configs(
+    problem: Problem, system: System, plan: Plan, arch: Architecture, how: Execution
+) -> dict[str, dict[str, Any]]:
+    """What each stage's process must be told, by stage name."""
+    cores = cores_for(name for replica in plan.replicas for name in replica.leg)
+    limited = replace(problem, limits=system.limits)
+    configs: dict[str, dict[str, Any]] = {}
+    for replica in plan.replicas:
+        blocks = kv_blocks(limited, replica.stages, system.limits)
+        for stage in replica.stages:
+            device = how.device if how.device != "cuda" else f"cuda:{len(configs) % torch.cuda.device_count()}"
+            core = cores[stage.name] if device == "cpu" else None
+            configs[stage.name] = _one_config(arch, stage, blocks, system.limits.block_size, device, core) | {
+                "seed": problem.seed,
+                "folder": how.folder,
+            }
+    return configs
+
+
+def _one_config(
+    arch: Architecture, stage: Stage, blocks: int, block_size: int, device: str, core: int | None
+) -> dict[str, Any]:
+    return {
+        "architecture": arch.as_json(),
+        "first": stage.first_layer,
+        "end": stage.end_layer,
+        "blocks": blocks,
+        "block_size": block_size,
+        "device": device,
+        "core": core,
+    }

@@ -1,0 +1,193 @@
+"""One stage at work: the sequences it holds, and steps over them with greedy sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibrate import kernels
+from calibrate.bench.device import keep_freed_memory
+from calibrate.execute.architecture import Architecture
+from calibrate.execute.cache import BlockTables, PagedKv, cache_bytes
+from calibrate.execute.decoder import Batch, Decoder
+from calibrate.execute.graphs import DecodeGraphs
+from calibrate.execute.layout import assemble
+from calibrate.execute.weights import Weights, check_memory, drawn, loaded, num_bytes
+from sim.types import SimulationError
+
+
+class Item(NamedTuple):
+    """Tokens of one sequence to be computed, the first of them at ``position``; ``wants``: and the one that follows."""
+
+    sequence: int
+    position: int
+    tokens: tuple[int, ...]
+    wants: bool
+
+    @property
+    def end(self) -> int:
+        return self.position + len(self.tokens)
+
+
+class Stage:
+    """Layers ``first <= layer < end`` of a model with their KV cache, in this process and on one device.
+
+    One thread runs steps; KV may come and go, and sequences be released, in others meanwhile.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        first: int = 0,
+        end: int | None = None,
+        blocks: int,
+        block_size: int = 16,
+        device: str = "cpu",
+        seed: int = 0,
+        folder: str | None = None,
+    ) -> None:
+        """``folder``: of safetensors; None: weights drawn from ``seed``. ``ConfigError`` if memory is missing."""
+        end = arch.num_layers if end is None else end
+        if device == "cpu":
+            keep_freed_memory()
+        needed = num_bytes(arch, first, end) + cache_bytes(arch, end - first, blocks, block_size)
+        check_memory(f"{arch.name}: layers {first} to {end} and {blocks} KV blocks", needed, device)
+        weights: Weights
+        if folder is None:
+            weights = drawn(arch, first, end, seed=seed, device=device)
+        else:
+            weights = loaded(arch, first, end, folder=folder, device=device)
+        self.first, self.end = first, end
+        self.decoder = Decoder(arch, weights, device)
+        self.cache = PagedKv(arch, end - first, blocks, block_size, device)
+        self.tables = BlockTables(blocks, block_size)
+        self._lock = Lock()  # of the tables
+        self.graphs = DecodeGraphs(self.decoder, self.cache) if self.decoder.capturable else None
+
+    @property
+    def samples(self) -> bool:
+        """Whether this stage has the head."""
+        return self.decoder.weights.head is not None
+
+    def run(self, items: Sequence[Item], hidden: Tensor | None = None) -> tuple[dict[int, int], Tensor | None]:
+        """(next token of each sequence that wants one, None), or ({}, hidden states for the next stage).
+
+        A sequence continues at its item's position: what it had from there on is forgotten.
+        """
+        ordered = in_rows(items)
+        with self._lock:
+            self._make_room(ordered)
+            batch = self.batch(ordered)
+        out = self.forward(batch, hidden)
+        if not self.samples:
+            return {}, out
+        chosen = out.argmax(dim=-1).tolist()
+        return dict(zip((item.sequence for item in ordered if item.wants), chosen, strict=True)), None
+
+    def _make_room(self, items: Sequence[Item]) -> None:
+        for item in items:
+            length = self.tables.length(item.sequence)
+            if item.position > length:
+                raise SimulationError(f"{item} skips tokens: the sequence has {length} of them here")
+            self.tables.resize(item.sequence, item.position)
+        for item in items:
+            self.tables.resize(item.sequence, item.end)
+
+    def forward(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """One pass over the layers, by a CUDA graph where there is one."""
+        if self.graphs is not None and self.graphs.suits(batch):
+            return self.graphs.run(batch, hidden)
+        return self.decoder(batch, self.cache, hidden)
+
+    def batch(self, ordered: Sequence[Item]) -> Batch:
+        """The tensors of items in row order, their blocks given."""
+        chunks = [item for item in ordered if not is_decode(item)]
+        decodes = ordered[len(chunks) :]
+        contexts = np.array([item.end for item in decodes], dtype=np.int64)
+        width = -(-int(contexts.max()) // self.cache.block_size) if len(contexts) else 0
+        ends = np.cumsum([len(item.tokens) for item in ordered])
+        return assemble(
+            [(item.position, len(item.tokens), self.tables.table(item.sequence)) for item in chunks],
+            contexts,
+            self.tables.tables([item.sequence for item in decodes], width),
+            np.array([token for item in ordered for token in item.tokens], dtype=np.int64),
+            [int(end) - 1 for item, end in zip(ordered, ends, strict=True) if item.wants],
+            block_size=self.cache.block_size,
+            device=self.decoder.device,
+        )
+
+    def release(self, sequences: Sequence[int]) -> None:
+        """Free the KV of sequences that are done or go elsewhere."""
+        with self._lock:
+            for sequence in sequences:
+                self.tables.release(sequence)
+
+    # ------------------------------------------------------------ KV comes and goes
+
+    def take_out(self, sequence: int, first: int, end: int, *, bits: int = 16) -> tuple[Tensor, ...]:
+        """KV of layers ``first`` to ``end`` of a sequence, on the CPU: one tensor, or (nibbles, scales) of 4 bits."""
+        with self._lock:
+            table, tokens = self.tables.table(sequence), self.tables.length(sequence)
+        with _own_stream(self.decoder.device):
+            kv = self.cache.read(table, tokens)[first - self.first : end - self.first]
+            if bits != 4:
+                return (kv.cpu(),)
+            return tuple(part.cpu() for part in kernels.quantise_4bit(kv.flatten(0, 2), group_of(kv.shape[-1])))
+
+    def put_in(self, sequence: int, tokens: int, first: int, end: int, parts: Sequence[Tensor]) -> None:
+        """What another stage took out of its layers ``first`` to ``end``."""
+        arch, device = self.decoder.arch, self.decoder.device
+        with self._lock:
+            self.tables.resize(sequence, tokens)
+            table = self.tables.table(sequence)
+        with _own_stream(device):
+            kv, *scales = (part.to(device) for part in parts)
+            if scales:
+                kv = kernels.dequantise_4bit(kv, scales[0], arch.torch_dtype)
+            self.cache.write(table, kv.view(end - first, 2, tokens, arch.kv_width), first - self.first)
+
+
+@contextmanager
+def _own_stream(device: str) -> Iterator[None]:
+    """On CUDA, work in here does not wait behind a step's, and is done at the end. It touches no block of a step."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def is_decode(item: Item) -> bool:
+    return item.position > 0 and len(item.tokens) == 1
+
+
+def in_rows(items: Sequence[Item]) -> list[Item]:
+    """Items in the order of a batch's rows, the same on every stage: chunks, then decodes from short to long."""
+    return sorted(items, key=lambda item: (1, item.end, item.sequence) if is_decode(item) else (0, 0, item.sequence))
+
+
+def group_of(width: int) -> int:
+    """The largest group of 4-bit values, 64 or a part of it, that divides a token's keys."""
+    return int(np.gcd(kernels.QUANTISED_GROUP, width))
+
+
+def generate(stage: Stage, prompt: Sequence[int], count: int, *, sequence: int = 0) -> list[int]:
+    """Greedy tokens after a prompt, alone and whole: what every schedule must reproduce."""
+    stage.release([sequence])
+    tokens = list(prompt)
+    start = 0
+    while len(tokens) < len(prompt) + count:
+        found, _ = stage.run([Item(sequence, start, tuple(tokens[start:]), True)])
+        start = len(tokens)
+        tokens.append(found[sequence])
+    stage.release([sequence])
+    return tokens[len(prompt) :]

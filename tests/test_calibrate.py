@@ -1,0 +1,718 @@
+"""``phasewise calibrate``: the order of points, the journal, the fit, and a small run on the CPU of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibrate.bench.family import Family, Measurement, Part, Point, Runs, points
+from calibrate.bench.grid import middle, refinement
+from calibrate.bench.journal import Journal
+from calibrate.bench.runner import run
+from calibrate.bench.shapes import Limits, Shard
+from calibrate.measure import Settings, check, finish, journal_path
+from calibrate.measure import calibrate as measure_model
+from calibrate.profile_file import read_profile, shipped_profiles, write_profile
+from calibrate.samples import Samples, read_samples
+from sim.cluster import Cluster
+from sim.cost import Fitted, HeldOut, seconds
+from sim.model import ModelSpec, model
+from sim.types import ConfigError, SimulationError, Stage, Work
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 512,
+    "torch_dtype": "float32",
+}  # fmt: skip
+SETTINGS = {"model": "tiny", "device": "test"}
+SMALL = Limits(tokens=128, sequences=64, context_tokens=256)
+
+
+def never(_point: Point) -> Runs:
+    raise AssertionError("the timer is injected")
+
+
+def part(operator: str, times: int = 1) -> Part:
+    return Part(operator=operator, prepare=never, need_bytes=lambda _: 0, times=times)
+
+
+def family(name: str = "gemm", refined: tuple[str, ...] = ("tokens",), **axes: tuple[int, ...]) -> Family:
+    return Family(name=name, tp=1, dtype="float32", axes=axes, parts=(part(name),), refined=refined)
+
+
+class Law:
+    """A timer with known laws: seconds by operator and point, and what each measurement takes of the budget."""
+
+    def __init__(self, spent_s: float = 1.0, **laws: object) -> None:
+        self.laws = laws
+        self.spent_s = spent_s
+        self.asked: list[tuple[str, Point]] = []
+
+    def __call__(self, part: Part, point: Point) -> Measurement:
+        self.asked.append((part.operator, dict(point)))
+        law = self.laws.get(part.operator, self.laws.get("default"))
+        seconds = law(**point)  # type: ignore[operator]
+        return Measurement((seconds, seconds, seconds), self.spent_s)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "out.json.journal", SETTINGS)
+
+
+def kinked(tokens: int) -> float:
+    """Flat to 64 tokens, then linear: what a GEMM does."""
+    return 1e-3 * max(1.0, tokens / 64)
+
+
+# ---------------------------------------------------------------- the order of points
+
+
+def test_the_grid_grows_where_the_curve_bends(journal: Journal) -> None:
+    measured = run([family(tokens=(1, 8, 512))], Law(gemm=kinked), journal, budget_s=13)
+    axis = measured.axes["gemm 1 float32"]["tokens"]
+    assert axis[0] == 1
+    assert axis[-1] == 512
+    assert min(abs(value - 64) for value in axis) < 10
+    assert sum(value > 8 for value in axis[1:-1]) >= 3
+
+
+def test_a_straight_line_gets_no_more_points(journal: Journal) -> None:
+    law = Law(gemm=lambda tokens: 1e-3 + 1e-5 * tokens)
+    measured = run([family(tokens=(1, 8, 64, 512))], law, journal, budget_s=1e9)
+    assert measured.axes["gemm 1 float32"]["tokens"] == (1, 8, 64, 512)
+    assert len(law.asked) == 4
+
+
+def test_a_short_budget_still_gives_every_family_its_coarse_grid(journal: Journal) -> None:
+    law = Law(default=lambda tokens: kinked(tokens))
+    families = [family(name, tokens=(1, 8, 64)) for name in ("a", "b")]
+    assert len(run(families, law, journal, budget_s=0.1).by_key) == 6
+    assert [operator for operator, _ in law.asked] == ["a"] * 3 + ["b"] * 3
+
+
+def test_points_to_check_the_fit_are_none_of_its_own(journal: Journal) -> None:
+    shape = replace(family(tokens=(1, 8, 64, 512)), checks=2, held={"tokens": (1000,)})
+    measured = run([shape], Law(gemm=kinked), journal, budget_s=12)
+    held = {key.point[0][1] for key in measured.held}
+    assert len(held) == 3
+    assert 1000 in held
+    assert not held & set(measured.axes["gemm 1 float32"]["tokens"])
+    assert measured.held < set(measured.by_key)
+
+
+def test_the_budget_ends_a_run_and_families_share_it(journal: Journal) -> None:
+    law = Law(default=lambda tokens: kinked(tokens))
+    families = [family(name, tokens=(1, 8, 512)) for name in ("a", "b")]
+    run(families, law, journal, budget_s=26)
+    counts = [sum(operator == name for operator, _ in law.asked) for name in ("a", "b")]
+    assert 18 <= sum(counts) <= 26
+    assert abs(counts[0] - counts[1]) <= 3
+
+
+def test_of_two_looks_the_quicker_one_counts(journal: Journal) -> None:
+    law = Law(gemm=lambda tokens: 1e-3 * tokens)
+    first = True
+
+    def disturbed(part: Part, point: Point) -> Measurement:
+        nonlocal first
+        found = law(part, point)
+        if point["tokens"] == 8 and first:
+            first = False
+            return Measurement((0.1, 0.1, 0.1), 1.0)
+        return found
+
+    measured = run([family(tokens=(1, 8, 64))], disturbed, journal, budget_s=20)
+    assert measured.axes["gemm 1 float32"]["tokens"] == (1, 8, 64)
+    assert [found.median_s for found in measured.by_key.values()] == pytest.approx([1e-3, 8e-3, 64e-3])
+
+
+def test_a_grid_grows_by_whole_lines(journal: Journal) -> None:
+    law = Law(attention=lambda tokens, context: 1e-6 * tokens * (tokens + context) + 1e-4)
+    shape = family("attention", ("tokens", "context"), tokens=(16, 128, 1024), context=(0, 512, 2048))
+    measured = run([shape], law, journal, budget_s=60)
+    axes = measured.axes["attention 1 float32"]
+    assert len(axes["tokens"]) > 3
+    assert {key.point for key in measured.by_key} == {tuple(point.items()) for point in points(axes)}
+
+
+def test_points_that_do_not_fit_are_left_out_and_the_rest_goes_on(journal: Journal) -> None:
+    def measure(_part: Part, point: Point) -> Measurement:
+        return Measurement((), 0.0, "needs 9 GiB") if point["tokens"] > 100 else Measurement((1e-3,) * 3, 1.0)
+
+    measured = run([family(tokens=(1, 8, 64, 512))], measure, journal, budget_s=9)
+    assert [found.skipped for found in measured.by_key.values()] == [None, None, None, "needs 9 GiB"]
+
+
+axes_of_counts = st.lists(st.integers(0, 10_000), min_size=2, max_size=12, unique=True).map(sorted)
+
+
+@given(axes_of_counts, st.randoms(use_true_random=False))
+def test_a_refinement_lies_inside_an_interval_and_is_new(axis: list[int], random: object) -> None:
+    seconds = np.array([[random.uniform(1e-6, 1.0)] for _ in axis])  # type: ignore[attr-defined]
+    found = refinement(axis, seconds, np.zeros_like(seconds))
+    if found is not None:
+        assert axis[0] < found.value < axis[-1]
+        assert found.value not in axis
+        assert found.error >= 0
+
+
+@given(axes_of_counts, st.floats(1e-9, 1e-3), st.floats(0, 1e-3))
+def test_a_line_has_no_error_wherever_it_is_measured(axis: list[int], start_s: float, slope_s: float) -> None:
+    seconds = start_s + slope_s * np.array(axis, float)[:, None]
+    found = refinement(axis, seconds, np.zeros_like(seconds))
+    assert len(axis) < 3 or found is None or found.error == pytest.approx(0, abs=1e-9)
+
+
+def test_refinement_ends_when_intervals_are_narrow() -> None:
+    axis = [1, 2, 3]
+    assert refinement(axis, np.ones((3, 1)), np.zeros((3, 1))) is None
+    assert middle(0, 100) == 9
+
+
+def test_noise_is_no_curve() -> None:
+    seconds = np.array([[1.0], [1.4], [1.0]])
+    seen = refinement([1, 32, 1000], seconds, np.zeros((3, 1)))
+    assert seen is not None
+    assert seen.error > 0.05
+    calm = refinement([1, 32, 1000], seconds, np.full((3, 1), 0.5))
+    assert calm is not None
+    assert calm.error == 0
+
+
+# ---------------------------------------------------------------- the journal
+
+
+def test_an_interrupted_run_resumes_and_loses_nothing(tmp_path: Path) -> None:
+    shape, path = [family(tokens=(1, 8, 512))], tmp_path / "journal"
+    whole = run(shape, Law(gemm=kinked), Journal(tmp_path / "other", SETTINGS), budget_s=20)
+    law = Law(gemm=kinked)
+
+    def interrupted(part: Part, point: Point) -> Measurement:
+        if len(law.asked) == 7:
+            raise KeyboardInterrupt
+        return law(part, point)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(shape, interrupted, Journal(path, SETTINGS), budget_s=20)
+    with path.open("a") as file:
+        file.write('{"operator": "gemm", "tp": 1, "dty')
+    rest = Law(gemm=kinked)
+    assert run(shape, rest, Journal(path, SETTINGS), budget_s=20) == whole
+    again = Law(gemm=kinked)
+    assert run(shape, again, Journal(path, SETTINGS), budget_s=20) == whole
+    assert not again.asked
+    assert len(law.asked) + len(rest.asked) == len(path.read_text().splitlines()) - 1
+
+
+def test_every_point_is_on_disk_when_the_next_begins(tmp_path: Path) -> None:
+    path, lines = tmp_path / "journal", []
+
+    def measure(_part: Part, _point: Point) -> Measurement:
+        lines.append(len(path.read_text().splitlines()))
+        return Measurement((1e-3,) * 3, 1.0)
+
+    run([family(tokens=(1, 2, 3))], measure, Journal(path, SETTINGS), budget_s=3)
+    assert lines == [1, 2, 3]
+
+
+def test_other_settings_are_refused_unless_restarted(journal: Journal) -> None:
+    run([family(tokens=(1, 8))], Law(gemm=kinked), journal, budget_s=2)
+    with pytest.raises(
+        ConfigError, match=r"out\.json\.journal: was begun with device test, now it is H100; .*--restart"
+    ):
+        Journal(journal.path, {**SETTINGS, "device": "H100"})
+    assert not Journal(journal.path, {**SETTINGS, "device": "H100"}, restart=True).done
+
+
+@pytest.mark.parametrize(
+    "text", ["hello\n", "[1]\n", '{"format": "other"}\n', "\x00\n", '{"format": "phasewise-calibration-1"}\n']
+)
+def test_a_foreign_journal_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="line 1 is not of a calibration journal; --restart"):
+        Journal(path, SETTINGS)
+
+
+def test_a_damaged_line_is_named(journal: Journal) -> None:
+    run([family(tokens=(1, 8))], Law(gemm=kinked), journal, budget_s=2)
+    lines = journal.path.read_text().splitlines()
+    journal.path.write_text("\n".join([lines[0], lines[1][:20], lines[2]]) + "\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        Journal(journal.path, SETTINGS)
+
+
+# ---------------------------------------------------------------- the timer
+
+
+def test_repeats_end_when_the_median_stands_still_or_the_time_is_over() -> None:
+    timer = pytest.importorskip("calibrate.bench.timer", reason="needs torch")
+    sample = timer.Sample
+    assert len(timer.repeated(lambda _: sample(1e-3), 1e9)) == 2 * timer.FEWEST_REPEATS
+    noisy = iter([1.0, 2.0] * 100)
+    assert len(timer.repeated(lambda _: sample(next(noisy)), 1e9)) == timer.MOST_REPEATS
+    ticks = iter(range(100))
+    assert len(timer.repeated(lambda _: sample(1.0), 0.5, clock=lambda: next(ticks))) == timer.FEWEST_REPEATS
+
+
+def test_short_runs_are_timed_many_at_once_and_disturbed_ones_dropped() -> None:
+    timer = pytest.importorskip("calibrate.bench.timer", reason="needs torch")
+    asked: list[int] = []
+
+    def sample(count: int) -> object:
+        asked.append(count)
+        return timer.Sample(9.0 if len(asked) % 2 else 1e-5, disturbed=bool(len(asked) % 2))
+
+    assert set(timer.repeated(lambda count: sample(count) if asked else sample(1), 1e9)) == {1e-5}
+    assert timer.repeated(lambda _: timer.Sample(3.0, disturbed=True), 0.0) == (3.0,) * timer.FEWEST_REPEATS
+    counts: list[int] = []
+    timer.repeated(lambda count: counts.append(count) or timer.Sample(1e-5), 1e9)  # type: ignore[func-returns-value]
+    assert counts[0] == 1
+    assert set(counts[1:]) == {20}
+
+
+def test_an_operator_that_leaves_its_output_unwritten_is_caught() -> None:
+    torch = pytest.importorskip("torch")
+    from calibrate.bench.device import target
+    from calibrate.bench.timer import BadKernelError, timed
+
+    here, out = target("cpu"), torch.zeros(4)
+    assert timed(Runs(lambda _: out.fill_(1.0), outputs=(out,)), here, 0.01)
+    with pytest.raises(BadKernelError, match="unwritten"):
+        timed(Runs(lambda _: out, outputs=(out,)), here, 0.01)
+
+
+def test_random_buffers_exceed_the_cache_and_do_not_overlap() -> None:
+    torch = pytest.importorskip("torch")
+    from calibrate.bench.device import Target
+
+    here = Target(torch.device("cpu"), cache_bytes=2**16)
+    here.begin()
+    sets = here.sets(2**12)
+    buffers = here.random(torch.float32, 32, 32, sets=sets) + here.random(torch.float32, 5, 7)
+    assert sets * 2**12 == 2 * 2**16
+    starts = sorted((x.data_ptr(), x.data_ptr() + 4 * x.numel()) for x in buffers)
+    assert all(end <= start for (_, end), (start, _) in pairwise(starts))
+    assert 0.03 < float(torch.cat([x.flatten() for x in buffers]).std()) < 0.07
+
+
+def test_a_point_larger_than_the_memory_is_skipped_with_the_reason() -> None:
+    torch = pytest.importorskip("torch")
+    from calibrate.bench.device import Target
+    from calibrate.bench.timer import measurer
+
+    measure = measurer(Target(torch.device("cpu"), cache_bytes=2**16), 0.01)
+    huge = Part(operator="gemm", prepare=never, need_bytes=lambda _: 2**50)
+    found = measure(huge, {"tokens": 1})
+    assert found.skipped is not None
+    assert found.skipped.startswith("needs 1048576.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("driver", "ours"),
+    [
+        ("NVIDIA H200", "H200-SXM"),
+        ("NVIDIA H100 80GB HBM3", "H100-SXM"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80G-SXM"),
+        ("NVIDIA A100 80GB PCIe", "A100-80G-PCIe"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 3090 Ti", "RTX-3090-Ti"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
+    ],
+)
+def test_a_gpu_is_known_by_its_drivers_name(driver: str, ours: str) -> None:
+    pytest.importorskip("torch")
+    from calibrate.bench.device import catalogue_name
+    from sim.cluster import gpu
+
+    assert gpu(catalogue_name(driver)).name == ours
+
+
+def test_an_unknown_gpu_asks_for_its_name() -> None:
+    pytest.importorskip("torch")
+    from calibrate.bench.device import catalogue_name
+
+    with pytest.raises(ConfigError, match=r"'NVIDIA GTX 480'.*give --gpu NAME"):
+        catalogue_name("NVIDIA GTX 480")
+
+
+# ---------------------------------------------------------------- the fit
+
+GEMMS = ("qkv", "o", "gate_up", "down")
+
+
+def chunk_s(tokens: int, context: int) -> float:
+    return 1e-5 + 1e-8 * tokens * (context + tokens / 2)
+
+
+def decode_s(sequences: int, context: int) -> float:
+    return 2e-5 + 1e-9 * sequences * context
+
+
+def laws(scale: float = 1.0) -> Law:
+    """Every operator's own: GEMMs and small kernels in tokens, attention in pairs; decodes half as dear again mixed."""
+    small = {"norm": 1e-6, "residual": 2e-6, "rope": 3e-6, "activation": 4e-6, "kv_scatter": 5e-6, "embedding": 6e-6}
+    by_name = {name: (lambda tokens, base=base: base * (1 + tokens / 10)) for name, base in small.items()}
+    by_name |= {f"gemm.{name}": (lambda tokens: scale * 1e-5 * (1 + tokens / 100)) for name in GEMMS}
+    heads = {"head": 1e-4, "sampler": 1e-5, "step_io": 2e-5}
+    by_name |= {name: (lambda sequences, base=base: base * (1 + sequences / 10)) for name, base in heads.items()}
+    return Law(
+        0.02,
+        attention_prefill=chunk_s,
+        attention_decode=decode_s,
+        attention_decode_skewed=lambda sequences, context: 1.25 * decode_s(sequences, context),
+        attention_mixed=lambda tokens, sequences, context: chunk_s(tokens, 0) + 1.5 * decode_s(sequences, context),
+        launch_eager=lambda launches: 1e-6 * launches,
+        default=lambda **point: 1e-6 + 1e-9 * next(iter(point.values())),
+        **by_name,
+    )
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture
+def one_thread() -> object:
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(config: Path, **changes: object) -> Settings:
+    return Settings(model=str(config), device="cpu", minutes=0.05, limits=SMALL, **changes)  # type: ignore[arg-type]
+
+
+def test_known_laws_come_back_from_the_fit(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "out.json"
+    outcome = measure_model(settings(tiny), out, measure=laws())
+    (entry,) = outcome.profile.entries
+    tokens = 16
+    layer_s = 4 * 1e-5 * 1.16 + (2 * 1e-6 + 2 * 2e-6 + 3e-6 + 4e-6 + 5e-6) * 2.6
+    at = entry.linear.counts.index(tokens)
+    assert entry.linear.seconds[at] == pytest.approx(2 * layer_s + 6e-6 * 2.6, rel=1e-3)
+    assert entry.head is not None
+    assert entry.head.seconds[0] == pytest.approx(1.3e-4 * 1.1, rel=1e-3)
+    for grid, factor in ((entry.attention_decode, 1.0), (entry.attention_mixed, 1.5)):
+        assert grid is not None
+        for count, row in zip(grid.counts, grid.seconds, strict=True):
+            assert row == pytest.approx([factor * decode_s(count, context) for context in grid.contexts], rel=2e-3)
+    assert entry.held_out["linear"].mape < 1e-3
+    assert entry.held_out["attention_decode"].mape < 1e-3
+    assert entry.held_out["attention_mixed"].mape < 1e-3
+    assert 0 < entry.held_out["attention_prefill"].mape < 0.15
+    assert outcome.profile.device is not None
+    assert outcome.profile.device.gpu == "CPU"
+    assert {"kv_gather", "kv_scatter", "kv_quantise", "launch_eager", "copy_d2d"} <= set(outcome.profile.tables)
+
+
+def test_what_does_not_fit_into_memory_is_bridged_and_named(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    law = laws()
+
+    def cramped(part: Part, point: Point) -> Measurement:
+        if point.get("sequences", 0) * point.get("context", 0) > 2000:
+            return Measurement((), 0.0, "needs 9 GiB, 1 GiB are free")
+        return law(part, point)
+
+    outcome = measure_model(settings(tiny), tmp_path / "out.json", measure=cramped)
+    (entry,) = outcome.profile.entries
+    assert entry.attention_decode is not None
+    longest = entry.attention_decode.seconds[entry.attention_decode.counts.index(8)]
+    assert longest[-1] == pytest.approx(decode_s(8, 256), rel=2e-3)
+    assert entry.attention_mixed is None
+    assert any("needs 9 GiB" in reason for reason in outcome.skipped)
+    with pytest.raises(ConfigError, match="no point of attention_decode fits"):
+        measure_model(
+            settings(tiny),
+            tmp_path / "other.json",
+            measure=lambda part, point: (
+                Measurement((), 0.0, "full") if part.operator == "attention_decode" else law(part, point)
+            ),
+        )
+
+
+def test_a_prediction_never_saw_its_point(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    outcome = measure_model(settings(tiny), tmp_path / "o.json", measure=laws())
+    by_name = {part.operator: part for part in outcome.samples}
+    entry = outcome.profile.entries[0]
+    gemm = by_name["gemm.qkv"]
+    guesses = list(zip(gemm.axes["tokens"], gemm.medians_s, gemm.predicted_s or (), strict=True))
+    assert {tokens for tokens, _, guess in guesses if guess is None} == set(entry.linear.counts)
+    assert [guess for _, _, guess in guesses if guess] == pytest.approx(
+        [s for _, s, guess in guesses if guess], rel=1e-3
+    )
+    assert entry.held_out["linear"].points == sum(guess is not None for _, _, guess in guesses) > 0
+    skewed = by_name["attention_decode_skewed"]
+    assert np.array(skewed.predicted_s) * 1.25 == pytest.approx(np.array(skewed.medians_s), rel=1e-3)
+    mixed = by_name["attention_mixed"]
+    unseen = {point["tokens"] for point, guess in zip(mixed.points(), mixed.predicted_s or (), strict=True) if guess}
+    assert unseen == {128}
+
+
+def test_a_profile_with_samples_survives_its_file(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "out.json"
+    outcome = measure_model(settings(tiny, tp=(1, 2)), out, measure=laws())
+    write_profile(outcome.profile, out, outcome.samples)
+    assert read_profile(out) == outcome.profile
+    assert read_samples(out) == outcome.samples
+    assert {entry.tp for entry in outcome.profile.entries} == {1, 2}
+    assert outcome.profile.entries[0].collective is None
+    assert outcome.profile.entries[1].collective is not None
+    finish(out)
+    assert not journal_path(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seconds": [[1e-3], [-1.0]]}, r"samples\.0\.seconds\.1\.0 is -1\.0"),
+        ({"noise": [0.1]}, "noise has 1 values, seconds has 2"),
+        ({"axes": {"tokens": [1]}}, r"axes\.tokens has 1 values"),
+        ({"seconds": [[1e-3], []]}, "every point needs repeats"),
+        ({"colour": "red"}, r"samples\.0\.colour is not a field"),
+    ],
+)
+def test_damaged_samples_are_refused_in_one_line(
+    change: dict[str, object], message: str, tiny: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "out.json"
+    profile = measure_model(settings(tiny), out, measure=laws()).profile
+    part = Samples(operator="x", dtype="f", tp=1, axes={"tokens": (1, 2)}, seconds=((1.0,), (1.0,)), noise=(0.0, 0.0))
+    write_profile(profile, out, (part,))
+    data = json.loads(out.read_text())
+    data["samples"][0] |= change
+    out.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_samples(out)
+    assert str(caught.value).startswith(str(out))
+
+
+def test_a_fit_worse_than_the_threshold_is_refused(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    profile = measure_model(settings(tiny), tmp_path / "out.json", measure=laws()).profile
+    check(profile, 0.15)
+    entry = replace(profile.entries[0], held_out={"linear": HeldOut(mape=0.2, largest=0.5, points=3)})
+    bad = replace(profile, entries=(entry,))
+    check(bad, 0.25)
+    with pytest.raises(SimulationError, match=r"above --max-error 15%: linear \(tp 1\) 20\.0%; .* --force"):
+        check(bad, 0.15)
+
+
+def test_a_calibration_resumes_where_it_was_broken_off(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out, law = tmp_path / "out.json", laws()
+
+    def interrupted(part: Part, point: Point) -> Measurement:
+        if len(law.asked) == 20:
+            raise KeyboardInterrupt
+        return law(part, point)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_model(settings(tiny), out, measure=interrupted)
+    rest = laws()
+    assert measure_model(settings(tiny), out, measure=rest).profile.entries
+    assert not {repr(row) for row in law.asked} & {repr(row) for row in rest.asked[:20]}
+    with pytest.raises(ConfigError, match="was begun with tp 1, now it is 1,2"):
+        measure_model(settings(tiny, tp=(1, 2)), out, measure=rest)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"minutes": 0.0}, "--minutes: 0.0 must be a number > 0"),
+        ({"max_error": float("nan")}, "--max-error"),
+        ({"tp": (2, 2)}, r"--tp: \[2, 2\]"),
+        ({"threads": 0}, "--threads: 0"),
+        ({"gpu": "H1000"}, "did you mean"),
+    ],
+)
+def test_settings_name_what_is_wrong(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Settings(model="llama-2-7b", **change)  # type: ignore[arg-type]
+
+
+def test_models_that_cannot_be_measured_are_refused() -> None:
+    spec = model("llama-2-7b")
+    with pytest.raises(ConfigError, match="--tp: 3 must divide the 32 heads"):
+        Shard(spec=spec, tp=3)
+    with pytest.raises(ConfigError, match="dtype: float8"):
+        Shard(spec=replace(spec, dtype="float8"), tp=1)
+    latent = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    with pytest.raises(ConfigError, match="latent attention"):
+        Shard(spec=replace(spec, **latent), tp=1)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- the command, and this machine
+
+MIXTURE = {**TINY, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+OPT = {
+    "model_type": "opt", "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 256, "max_position_embeddings": 512, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [TINY, MIXTURE, OPT], ids=["llama", "qwen3-moe", "opt"])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_every_operator_runs_at_the_ends_of_its_axes(config: dict[str, object], tp: int, one_thread: object) -> None:
+    torch = pytest.importorskip("torch")
+    from calibrate.bench import attention, cache, layer
+    from calibrate.bench.device import Target
+    from calibrate.bench.timer import measurer
+
+    here = Target(torch.device("cpu"), cache_bytes=2**16)
+    shard = Shard(spec=ModelSpec.from_config(config, name="small"), tp=tp)
+    measure, operators = measurer(here, 0.0), set()
+    for kind in (layer.linear_family, layer.head_family, attention.attention_families, cache.kv_family):
+        found = kind(shard, here, SMALL)
+        for one in found if isinstance(found, list) else [found]:
+            grid = one.held if one.name == "attention_decode_skewed" else one.axes
+            ends = [dict(zip(grid, corner, strict=True)) for corner in zip(*map(sorted, grid.values()), strict=False)]
+            for each in one.parts:
+                operators.add(each.operator)
+                assert all(len(measure(each, point).seconds) >= 3 for point in (ends[0], ends[-1])), each.operator
+    kinds = {"llama": "activation", "qwen3-moe": "experts", "opt": "activation"}
+    assert kinds[{"qwen3_moe": "qwen3-moe"}.get(str(config["model_type"]), str(config["model_type"]))] in operators
+    assert ("qk_norm" in operators) == (config is MIXTURE)
+
+
+def test_collectives_are_measured_between_processes_and_a_dead_one_is_noticed() -> None:
+    torch = pytest.importorskip("torch")
+    from calibrate.bench.collectives import Group, can_group
+    from calibrate.bench.device import Target
+
+    assert can_group(Target(torch.device("cpu"), 2**16), 2)
+    group = Group(2, cuda=False)
+    try:
+        for operator in ("all_reduce", "send_recv"):
+            repeats = group.seconds(operator, "bfloat16", 4096, 0.1)
+            assert len(repeats) >= 3
+            assert 0 < min(repeats) < 10
+        group._workers[1].kill()
+        with pytest.raises(SimulationError, match=r"the process of rank . died"):
+            group.seconds("all_reduce", "bfloat16", 4096, 0.1)
+    finally:
+        group.close()
+
+
+def phasewise(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "calibrate", *arguments],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_without_torch_the_command_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util, runpy, sys; real = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else real(name, *rest)\n"
+        "sys.argv = ['calibrate', '--model', 'llama-2-7b']; runpy.run_module('calibrate', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "phasewise: calibrate: torch is not installed; pip install 'phasewise[calibrate]'\n"
+
+
+def test_the_command_loads_neither_torch_nor_pydantic_for_its_help() -> None:
+    code = "import calibrate.cli, sys; print([name for name in ('torch', 'pydantic', 'pandas') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--model is missing"),
+        (("--model", "lama-2-7b"), "did you mean 'llama-2-7b'"),
+        (("--model", "llama-2-7b", "--tp", "two"), "--tp: 'two' must be whole numbers"),
+        (("--model", "llama-2-7b", "--minutes", "-1"), "--minutes: -1.0 must be a number > 0"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: tuple[str, ...], message: str) -> None:
+    done = phasewise(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_small_model_is_measured_here_and_its_profile_runs_a_scenario(
+    tiny: Path, tmp_path: Path, one_thread: object
+) -> None:
+    from experiments.resolve import resolve
+    from experiments.scenario import Scenario
+
+    out = tmp_path / "measured.json"
+    outcome = measure_model(settings(tiny, threads=1), out)
+    write_profile(outcome.profile, out, outcome.samples)
+    (entry,) = outcome.profile.entries
+    assert entry.linear.seconds[-1] > entry.linear.seconds[0]
+    scenario = Scenario.model_validate(
+        {
+            "model": str(tiny),
+            "cluster": {"nodes": [{"gpu": "cpu", "count": 1}]},
+            "workload": {"generate": {"requests": 5, "input": {"fixed": 40}, "output": {"fixed": 6}}, "rate": 10},
+            "system": {"name": "vllm", "tp": 1},
+            "latency": str(out),
+            "accept_error": 10.0,
+        }
+    )
+    setup = resolve(scenario)
+    summary = setup.summary(setup.run())
+    assert summary["completed"] == 5
+
+
+@pytest.mark.slow
+def test_the_command_calibrates_a_two_layer_model_within_two_minutes(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "measured.json"
+    start_s = time.monotonic()
+    given = ("--model", str(tiny), "--device", "cpu", "--threads", "1", "--minutes", "0.5", "--out", str(out))
+    done = phasewise(*given, "--force")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start_s < 120
+    assert done.stdout.splitlines()[-1] == f"wrote {out}"
+    assert {part.operator for part in read_samples(out)} >= {"gemm.qkv", "attention_mixed", "kv_gather", "launch_eager"}
+    assert not journal_path(out).exists()
+
+
+def test_the_shipped_cpu_profile_is_small_accurate_and_prices_its_model() -> None:
+    path = shipped_profiles()["measured-cpu-llama-100m"]
+    profile = read_profile(path)
+    assert path.stat().st_size < 300_000
+    check(profile, 0.15)
+    spec = model(str(ROOT / "calibrate" / "models" / "llama-100m.json"))
+    cluster = Cluster.of([{"gpu": "CPU", "count": 1}])
+    stage = Stage(name="s", gpus=cluster.gpu_ids, first_layer=0, end_layer=spec.num_layers)
+    cost = Fitted(profiles=[profile]).bind(spec, stage, cluster)
+    assert cost.measured
+    decode, more, prompt = (
+        seconds(cost, work) for work in (Work((), 1, 64), Work((), 8, 512), Work(((256, 0),), 0, 0))
+    )
+    assert 0.001 < decode < more < prompt < 10
