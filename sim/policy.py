@@ -313,7 +313,8 @@ class Planner(Protocol):
 class Router(Protocol):
     """Chooses a request's way once, on arrival (and again if a fault takes its way from it)."""
 
-    def route(self, request: RequestView, view: View) -> Route | Reject: ...
+    def route(self, request: RequestView, view: View) -> Route | Reject:
+        """``Reject`` while replicas are loading: asked again when one is up."""
 
     def finished(self, request: RequestView) -> None:
         """A request this router placed has left the system, or lost its place to a fault."""
@@ -322,7 +323,7 @@ class Router(Protocol):
 class Dispatcher(Router, Protocol):
     """A router that leaves open where requests decode (``Route.decode`` None) until their prompts are computed."""
 
-    def dispatch(self, request: RequestView, view: View) -> tuple[str, ...] | float:
+    def dispatch(self, request: RequestView, view: View) -> tuple[str, ...] | float | Reject:
         """The stages that decode it (those it is on: it stays), or after how many seconds (> 0) to ask again."""
 
 

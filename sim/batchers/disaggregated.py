@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from sim.batchers.common import make_room, refuse_groups, refuse_if_full, swap_in, welcome
-from sim.policy import Batch, Limits, RequestView
+from sim.policy import Batch, Limits, ReplicaView, RequestView
 
 DEFAULT_PROMPT_TOKENS = 8192
 """Tokens of a prefill batch in DistServe's scripts."""
+WAITING_SHARE = 0.05
+"""Of a decode instance's blocks, in the released code."""
 
 
 class Disaggregated:
@@ -34,6 +36,11 @@ class Disaggregated:
             make_room(batch, "swap")
         if batch.num_decodes:
             batch.decode()
+
+    def lets_in(self, request: RequestView, blocks: int, replica: ReplicaView) -> bool:
+        """KV is fetched while that of requests which do not decode yet takes less than 5 % of the pool."""
+        waiting = sum(-(-one.input_tokens // replica.block_size) for one in replica.landing)
+        return waiting < WAITING_SHARE * replica.total_blocks
 
     def _admit_prompts(self, batch: Batch) -> int:
         budget = batch.limits.max_num_batched_tokens or DEFAULT_PROMPT_TOKENS

@@ -15,7 +15,7 @@ from sim.engine.clock import Alarm
 from sim.engine.flight import blocks_to_come
 from sim.engine.job import Job
 from sim.engine.replica import Delivery, Flight, ReplicaState
-from sim.types import Move, PolicyError, to_ps
+from sim.types import Move, PolicyError, Reject, to_ps
 
 if TYPE_CHECKING:
     from sim.engine.run import Engine
@@ -80,6 +80,9 @@ class Moves:
         assert job.route is not None
         clock = self._engine.clock
         answer = cast("Dispatcher", self._engine.router).dispatch(job, self._engine.view)
+        if isinstance(answer, Reject):
+            self._give_up(replica, job, answer.reason)
+            return
         if isinstance(answer, tuple):
             target = self._engine.resolve(answer, job)
             job.route = job.route._replace(decode=answer)
@@ -101,7 +104,11 @@ class Moves:
         reason = self._engine.too_long(job, target, job.input_tokens + job._output_tokens - 1)
         if reason is None:
             self.leave(replica, job)
-            return
+        else:
+            self._give_up(replica, job, reason)
+
+    def _give_up(self, replica: ReplicaState, job: Job, reason: str) -> None:
+        replica.departing.pop(job, None)
         replica.release(job)
         self._engine.clock.at(self._engine.clock.now_ps + 1, self.room_again, replica)
         self._engine.finish(job, "failed", reason)

@@ -167,6 +167,9 @@ class Engine:
             self.view.arrivals.append(self.clock.now_ps)
         route = self.router.route(job, self.view)
         if isinstance(route, Reject):
+            if self.changes.loading:
+                self.changes.stranded.append(job)
+                return
             self.finish(job, "failed" if job.epoch else "rejected", route.reason)
             return
         prefill = self.resolve(route.prefill, job)

@@ -6,7 +6,7 @@ the smallest power of two is taken that holds the model and ``CONTEXT_TOKENS`` o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -124,7 +124,7 @@ def _build(problem: Problem, pool: Pool, role: Role, nodes: list[list[str]], mos
             if len(groups) == pool.pp:
                 if most is not None and number >= most:
                     return
-                yield _replica(problem.model, f"{role}{number}", role, groups)
+                yield evenly(problem.model, f"{role}{number}", role, groups)
                 number += 1
                 groups = []
 
@@ -134,15 +134,15 @@ def _narrowest(problem: Problem, gpus: list[str], pp: int) -> int | None:
     tp = 1
     need = CONTEXT_TOKENS // problem.limits.block_size
     while tp <= len(gpus):
-        stages = _replica(problem.model, "trial", "mixed", [tuple(gpus[:tp])] * pp).stages
+        stages = evenly(problem.model, "trial", "mixed", [tuple(gpus[:tp])] * pp).stages
         if problem.limits.num_kv_blocks is not None or kv_blocks(problem, stages, problem.limits) >= need:
             return tp
         tp *= 2
     return None
 
 
-def _replica(model: ModelSpec, name: str, role: Role, groups: list[tuple[str, ...]]) -> Replica:
-    """Layers spread evenly, earlier stages taking the remainder."""
+def evenly(model: ModelSpec, name: str, role: Role, groups: Sequence[tuple[str, ...]]) -> Replica:
+    """A replica with a stage on each group of GPUs; layers spread evenly, earlier stages taking the remainder."""
     base, extra = divmod(model.num_layers, len(groups))
     stages = []
     layer = 0

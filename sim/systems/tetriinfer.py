@@ -72,7 +72,9 @@ class TwoLevels:
             prefill.leg, self._place(request, self._with_room(request, view) or view.with_role("decode"), view)
         )
 
-    def dispatch(self, request: RequestView, view: View) -> tuple[str, ...] | float:
+    def dispatch(self, request: RequestView, view: View) -> tuple[str, ...] | float | Reject:
+        if not view.with_role("decode"):
+            return Reject("no decode instance is up")
         self._read_reports(view)
         able = self._with_room(request, view)
         if able:
