@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from sim.policy import View
+from sim.policy import View, Workload
 from sim.types import Change, Plan, Signal
+
+SHIFT = 0.2
+"""What counts as another workload: ours, as papers that plan anew on a shift give no rule."""
 
 
 class KeepPlan:
@@ -31,3 +34,18 @@ class RestorePlan:
         if signal.kind != "joined":
             return None
         return Change(plan=self._plan, reason=f"restore the plan: {', '.join(signal.gpus)} joined")
+
+
+def shifted(before: Workload, now: Workload, by: float = SHIFT) -> bool:
+    """Rate, mean input or mean output differs by more than this share."""
+    pairs = zip(_figures(before), _figures(now), strict=True)
+    return any(abs(new - old) > by * old for old, new in pairs)
+
+
+def _figures(workload: Workload) -> tuple[float, float, float]:
+    return workload.rate_per_s, workload.mean_input_tokens, workload.mean_output_tokens
+
+
+def described(workload: Workload) -> str:
+    rate, inputs, outputs = _figures(workload)
+    return f"{rate:.3g} requests/s of {inputs:.0f} + {outputs:.0f} tokens"

@@ -7,10 +7,12 @@ Ties go to the replica that the plan names first, so equal runs stay equal.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Container
 from operator import attrgetter
+from typing import Literal
 
 from sim.policy import RequestView, View
-from sim.types import Reject, Route
+from sim.types import Plan, Reject, Route
 
 
 class LeastRequests:
@@ -64,3 +66,56 @@ class LeastLoadedPair:
 
     def finished(self, request: RequestView) -> None:
         self._assigned[self._place.pop(request.id)] -= 1
+
+
+class ByShare:
+    """Split: (prefill, decode) pairs by the plan's shares, in a smooth weighted round robin, or drawn at random.
+
+    Shares of pairs that are not up are spread over the others; a request is refused if no pair is up. A plan without
+    shares counts every pair alike. The round robin starts anew when the pairs or their shares change.
+    """
+
+    def __init__(self, draw: Literal["round-robin", "random"] = "round-robin") -> None:
+        self._draw = draw
+        self._plan: Plan | None = None
+        self._legs: dict[str, tuple[str, ...]] = {}
+        self._shares: dict[tuple[str, str], float] = {}
+        self._credit: dict[tuple[str, str], float] = {}
+
+    def route(self, request: RequestView, view: View) -> Route | Reject:
+        legs = {replica.name: replica.leg for replica in view.replicas}
+        if view.plan is not self._plan or legs != self._legs:
+            self._plan, self._legs = view.plan, legs
+            self._look(self._up(view, legs))
+        if not self._shares:
+            return Reject("no (prefill, decode) pair of the plan is up")
+        prefill, decode = self._random(view) if self._draw == "random" else self._next()
+        return Route(legs[prefill], legs[decode])
+
+    def finished(self, request: RequestView) -> None:
+        pass
+
+    def _up(self, view: View, legs: Container[str]) -> dict[tuple[str, str], float]:
+        planned = view.plan.shares
+        if not planned:
+            decodes = [replica.name for replica in view.with_role("decode", "mixed")]
+            planned = {(p.name, d): 1.0 for p in view.with_role("prefill", "mixed") for d in decodes}
+        up = {pair: share for pair, share in planned.items() if share > 0 and pair[0] in legs and pair[1] in legs}
+        total = sum(up.values())
+        return {pair: share / total for pair, share in up.items()}
+
+    def _look(self, shares: dict[tuple[str, str], float]) -> None:
+        if shares != self._shares:
+            self._shares, self._credit = shares, dict.fromkeys(shares, 0.0)
+
+    def _random(self, view: View) -> tuple[str, str]:
+        pairs = list(self._shares)
+        return pairs[int(view.rng.choice(len(pairs), p=list(self._shares.values())))]
+
+    def _next(self) -> tuple[str, str]:
+        """Whoever is owed most; each request owes every pair its share."""
+        for pair, share in self._shares.items():
+            self._credit[pair] += share
+        chosen = max(self._credit, key=lambda pair: self._credit[pair])
+        self._credit[chosen] -= 1.0
+        return chosen

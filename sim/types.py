@@ -36,7 +36,7 @@ class ConfigError(SimulationError):
     """An input that cannot be used; the message names the place, the value and the mend."""
 
 
-class Infeasible(ConfigError):
+class InfeasibleError(ConfigError):
     """No plan can do what is asked; the message says what is missing: memory, bandwidth or rate."""
 
 

@@ -191,3 +191,20 @@ def test_a_rescheduler_sees_the_traffic_of_its_window(step_by_step: bool) -> Non
         (0.3, None),
         (0.4, Workload(rate_per_s=20.0, lengths=((100, 3),))),
     ]
+
+
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_a_new_replica_waits_for_the_names_of_one_that_drains(step_by_step: bool) -> None:
+    """The same name, on another GPU that is free: it loads once the old one has finished what it runs."""
+    elsewhere = Plan(replicas=(replica("a", ["n0.g1"]),))
+    change = Change(plan=elsewhere, reason="another GPU")
+    requests = [request(0, output_tokens=5), request(1, 0.04, output_tokens=5)]
+    result = run(
+        system(rescheduler=lambda: Script([change], interval_s=0.035)), requests, where(), plan=ONE,
+        step_by_step=step_by_step,
+    )  # fmt: skip
+    drained = 11 * MS + sum(decode_ps(context) for context in range(101, 105))
+    up = drained + load_ps(elsewhere.replicas[0], where())
+    assert [(note.kind, note.time_ps) for note in result.rows.notes][1:] == [("drained", drained), ("up", up)]
+    assert [len(result.token_times_ps(number)) for number in (0, 1)] == [5, 5]
+    assert result.rows.requests[1].scheduled_ps == up  # it waited while the replica was loading

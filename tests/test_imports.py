@@ -17,7 +17,7 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 ORDER = (
     "sim.types", "sim.cluster", "sim.model", "sim.cost", "sim.policy", "sim.memory", "sim.record", "sim.engine",
-    "sim.usage", "sim.metrics",
+    "sim.usage", "sim.metrics", "sim.goodput",
     "sim.batchers", "sim.routers", "sim.transfers", "sim.reschedulers", "sim.predictors",
     "sim.planners", "sim.systems",
 )  # fmt: skip

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from sim import SYSTEMS, ClusterEvent, Plan, Problem, Request, Result, System
 from sim.planners.pools import Pool, Split
+from sim.planners.thunderserve import TabuSearch
 from sim.predictors import ConstantLength, TrueLength
 from sim.systems.distserve import ReplanOnShift
 from sim.systems.splitwise import Repurpose
 from sim.systems.tetriinfer import FlipIdle
+from sim.systems.thunderserve import Reschedule
 from tests.toys import ToyCost, cluster, problem, run, with_limits
 
 SPLIT = {"prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 2, "tp": 1}}
@@ -52,6 +54,17 @@ def eager_replanning() -> System:
 def eager_flipping(system: System) -> System:
     """Instances that were idle at half of the last three ticks change their role."""
     return replace(system, rescheduler=lambda: FlipIdle(busy_share=0.5, window_s=0.3, interval_s=0.1))
+
+
+def rescheduling(system: System, lightweight: bool) -> System:
+    """Plans anew as soon as five requests differ from what was expected."""
+    search = TabuSearch(n_steps=3, n_neighbors=3)
+    return replace(
+        system,
+        rescheduler=lambda: Reschedule(
+            search, lightweight=lightweight, interval_s=0.2, window_s=0.5, fewest_requests=5
+        ),
+    )
 
 
 def reserving(name: str, **options: Any) -> System:
@@ -132,6 +145,16 @@ SETTINGS: dict[str, Callable[[], System]] = {
         chunk_tokens=64, bucket_tokens=20, admission="commit", order="fcfs", monitor_s=0.013, **SPLIT
     ),
     "tetriinfer flipping": lambda: eager_flipping(SYSTEMS["tetriinfer"](chunk_tokens=64, **SPLIT)),
+    "thunderserve": lambda: SYSTEMS["thunderserve"](**SPLIT),
+    "thunderserve drawn": lambda: SYSTEMS["thunderserve"](routing="random", bits=16, **SPLIT),
+    "thunderserve lightweight": lambda: rescheduling(SYSTEMS["thunderserve"](**SPLIT), lightweight=True),
+    "thunderserve full": lambda: rescheduling(SYSTEMS["thunderserve"](**SPLIT), lightweight=False),
+    "thunderserve pp2": lambda: SYSTEMS["thunderserve"](
+        prefill={"replicas": 1, "tp": 1, "pp": 2}, decode={"replicas": 1, "tp": 1, "pp": 2}
+    ),
+    "hexgen-2": lambda: replace(
+        SYSTEMS["hexgen-2"](), planner=Split(prefill=Pool(replicas=2, tp=1), decode=Pool(tp=1))
+    ),
     "splitwise as splitwise-sim": lambda: SYSTEMS["splitwise"](
         prompt_queue_tokens=300, compat="splitwise_sim", **SPLIT
     ),

@@ -239,11 +239,11 @@ class Changes:
             self.try_load()
 
     def try_load(self) -> None:
-        """Start loading weights for every new replica whose GPUs are free."""
+        """Start loading weights for every new replica whose GPUs, and the names of whose stages, are free."""
         engine = self.engine
         busy = {gpu for replica in engine.by_leg.values() for gpu in replica.gpus}
         for name, spec in self.loading.items():
-            if name in self.loads or busy & set(spec.gpus):
+            if name in self.loads or busy & set(spec.gpus) or spec.leg in engine.by_leg:
                 continue
             self.loads[name] = {}
             for stage in spec.stages:

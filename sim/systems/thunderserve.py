@@ -1,0 +1,171 @@
+"""ThunderServe (MLSys 2025; arXiv 2502.09334): groups and phases by tabu search, requests routed by an LP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sim.batchers import Saturating
+from sim.planners.pools import Pool, Split
+from sim.planners.thunderserve import TabuSearch
+from sim.policy import Planner, Problem, Rescheduler, System, View, Workload
+from sim.reschedulers import RestorePlan, described, shifted
+from sim.routers import ByShare
+from sim.systems.layout import PoolOption
+from sim.transfers import Quantized
+from sim.types import Change, ConfigError, InfeasibleError, Plan, Signal
+
+TICK_S = 5.0
+WINDOW_S = 60.0
+FEWEST_REQUESTS = 50
+"""Ours: how often, over which time and from how many requests a shift is seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orchestrated:
+    """A stated layout, with the shares that the planner's LP gives it."""
+
+    layout: Planner
+    search: TabuSearch
+
+    def plan(self, problem: Problem) -> Plan:
+        return self.search.routed(problem, self.layout.plan(problem)).plan
+
+
+class Reschedule:
+    """Plans anew when GPUs are lost or return, and when rate or mean lengths of a window have shifted.
+
+    ``lightweight``: the groups that still have all their GPUs keep stages and layers; phases and shares are planned
+    anew, so nothing is loaded (what returns loads its own weights). Otherwise a full search on the GPUs there are. What
+    a flipped group runs, it finishes. The new plan stands ``planning_s`` after its cause, at the next tick; a cause in
+    the meantime starts the planning again. If no plan serves, what is left of the present one stays.
+    """
+
+    def __init__(
+        self,
+        search: TabuSearch,
+        *,
+        lightweight: bool = True,
+        planning_s: float = 0.0,
+        interval_s: float = TICK_S,
+        window_s: float = WINDOW_S,
+        fewest_requests: int = FEWEST_REQUESTS,
+    ) -> None:
+        self.interval_s: float | None = interval_s
+        self.search = search
+        self.lightweight = lightweight
+        self.planning_s = planning_s
+        self.window_s = window_s
+        self.fewest_requests = fewest_requests
+        self._groups: Plan | None = None  # with those that are lost for now
+        self._lost: set[str] = set()
+        self._planned_for: Workload | None = None
+        self._cause: tuple[float, str] | None = None  # when the new plan is due, and why
+
+    def react(self, signal: Signal, view: View) -> Change | None:
+        self._groups = self._groups or view.plan
+        self._planned_for = self._planned_for or view.problem.workload
+        if signal.kind == "tick":
+            self._look_at_traffic(view)
+        else:
+            change = self._lost.difference_update if signal.kind == "joined" else self._lost.update
+            change(signal.gpus)
+            happened = {"joined": "joined", "lost": "lost", "notice": "about to be lost"}[signal.kind]
+            self._cause = (signal.at_s + self.planning_s, f"{', '.join(signal.gpus)} {happened}")
+        if self._cause is None or self._cause[0] > signal.at_s:
+            return None
+        reason, self._cause = self._cause[1], None
+        return self._change(view, self._groups, self._planned_for, reason)
+
+    def _look_at_traffic(self, view: View) -> None:
+        seen = view.observed(self.window_s)
+        if seen is None or len(seen.lengths) < self.fewest_requests:
+            return
+        assert self._planned_for is not None
+        if shifted(self._planned_for, seen):
+            reason = f"the workload shifted: {described(self._planned_for)} became {described(seen)}"
+            self._planned_for = seen
+            self._cause = (view.now_s + self.planning_s, reason)
+
+    def _change(self, view: View, groups: Plan, workload: Workload, reason: str) -> Change | None:
+        problem = replace(view.problem, workload=workload)
+        try:
+            found = self.search.replan(problem, groups, lost=self._lost, flips_only=self.lightweight).best.plan
+        except InfeasibleError as error:
+            left = tuple(one for one in view.plan.replicas if not self._lost & set(one.gpus))
+            return Change(plan=replace(view.plan, replicas=left), reason=f"{reason}; no better plan: {error}")
+        if found == view.plan:
+            return None
+        roles = {one.name: one.role for one in found.replicas}
+        whole = tuple(replace(one, role=roles.get(one.name, one.role)) for one in groups.replicas)
+        self._groups = Plan(replicas=whole) if self.lightweight else found
+        return Change(plan=found, reason=reason)
+
+
+def thunderserve(
+    bits: int = 4,
+    codec_bytes_per_s: float = 4e11,
+    routing: Literal["round-robin", "random"] = "round-robin",
+    n_steps: int = 100,
+    n_neighbors: int = 10,
+    n_memory: int = 5,
+    patience: int = 100,
+    seconds: float | None = None,
+    reschedule: Literal["lightweight", "full"] | None = None,
+    planning_s: float = 0.0,
+    prefill: PoolOption = None,
+    decode: PoolOption = None,
+) -> System:
+    """ThunderServe: GPU groups and their phases by tabu search, pairs by the shares of an LP, KV sent in 4 bits.
+
+    ``bits`` a value of KV on the way (16: as it is), the codec at ``codec_bytes_per_s`` (ours). ``routing``: shares
+    are kept by a weighted round robin, or drawn. The search makes ``n_steps`` of the best of ``n_neighbors``, keeps
+    ``n_memory`` tabu, and ends after ``patience`` steps without gain or after ``seconds``; its seed is the scenario's.
+    With ``prefill`` and ``decode`` pools that layout is taken, and only the shares are planned. ``reschedule``, when
+    GPUs are lost or return or the workload shifts: lightweight (phases and shares only, nothing is loaded) or full; the
+    new plan stands ``planning_s`` later.
+    """
+    for name, value, least in (
+        ("n_steps", n_steps, 0),
+        ("n_neighbors", n_neighbors, 1),
+        ("n_memory", n_memory, 0),
+        ("patience", patience, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"system.{name} is {value}; it must be a whole number >= {least}")
+    if seconds is not None and not seconds > 0:
+        raise ConfigError(f"system.seconds is {seconds}; it must be > 0, or left out for no limit")
+    if routing not in ("round-robin", "random"):
+        raise ConfigError(f"system.routing is {routing!r}; thunderserve has round-robin, random")
+    if reschedule not in (None, "lightweight", "full"):
+        raise ConfigError(f"system.reschedule is {reschedule!r}; it must be lightweight or full, or left out")
+    if not 0 <= planning_s < float("inf"):
+        raise ConfigError(f"system.planning_s is {planning_s}; it must be a number >= 0")
+    transfer = Quantized(bits, codec_bytes_per_s=codec_bytes_per_s)
+    search = TabuSearch(
+        transfer=transfer,
+        n_steps=n_steps,
+        n_neighbors=n_neighbors,
+        n_memory=n_memory,
+        patience=patience,
+        seconds=seconds,
+    )
+    planner: Planner = search
+    if prefill is not None or decode is not None:
+        pools = Split(prefill=Pool.of(prefill, "prefill"), decode=Pool.of(decode, "decode"))
+        planner = Orchestrated(layout=pools, search=search)
+
+    def rescheduler() -> Rescheduler:
+        if reschedule is None:
+            return RestorePlan()
+        return Reschedule(search, lightweight=reschedule == "lightweight", planning_s=planning_s)
+
+    return System(
+        name="thunderserve",
+        mirrors="ThunderServe (MLSys 2025), by its abstract and public summaries; no code is public",
+        planner=planner,
+        router=lambda: ByShare(routing),
+        batcher=lambda role: Saturating(),
+        transfer=lambda: transfer,
+        rescheduler=rescheduler,
+    )
