@@ -109,6 +109,11 @@ class Cohort:
             self._grow(job, job.base + self.it)
 
     def _grow(self, job: Job, kv: int) -> None:
+        size = self.block_size
+        if job.samples == 1 and (job.blocks + len(job.shared)) * size - kv < size:  # one sequence, nothing reserved
+            job.grows = 1
+            self._bases[job.base % size] += 1
+            return
         job.grows, until = job.growth(kv, self.block_size)
         self._bases[job.base % self.block_size] += job.grows
         if until is not None:
