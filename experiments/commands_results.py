@@ -1,4 +1,4 @@
-"""``phasewise export | measured | sweep``: results for other tools, beside real runs, and over rates and seeds."""
+"""``phasewise export | sweep``: results for other tools, and over rates and seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Goodput = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    for command in (export, measured, sweep):
+    for command in (export, sweep):
         app.command()(command)
 
 
@@ -63,32 +63,6 @@ def export(
             num_prompts=len(run.requests), request_rate=run.summary["workload"]["rate_per_s"],
         )  # fmt: skip
         print(vllm_bench)
-
-
-def measured(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the prediction, of 'run --out'")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON of 'vllm bench serve --save-detailed'")],
-    json_: Json = False,
-) -> None:
-    """Put a real run beside a predicted one, metric by metric."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from experiments.rundir import read_run
-    from experiments.vllm_bench import read_bench, side_by_side
-
-    rows = side_by_side(read_bench(file), read_run(run_dir))
-    if json_:
-        print(json.dumps(rows, indent=2, allow_nan=False))
-        return
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("metric", "measured", "predicted", "error"):
-        table.add_column(name, justify="left" if name == "metric" else "right")
-    for row in rows:
-        error = "-" if row["error"] is None else f"{row['error']:+.1%}"
-        table.add_row(row["metric"], _figure(row["measured"]), _figure(row["predicted"]), error)
-    Console().print(table)
 
 
 def sweep(

@@ -1,4 +1,4 @@
-"""The result JSON of ``vllm bench serve``: written for any run, read from a real one, and both side by side.
+"""The result JSON of ``vllm bench serve``: written for any run, and read from a real one.
 
 Field names and definitions are those of ``vllm/benchmarks/serve.py``: per-request arrays in seconds, summaries in
 milliseconds, one entry per request in order of sending. A request that was not served has an ``errors`` text and no
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.rundir import Run
-from sim.metrics import distribution, met
+from sim.metrics import met
 from sim.record import REQUEST_COLUMNS
 from sim.types import ConfigError, Slo
 
@@ -122,7 +122,12 @@ def read_bench(path: Path) -> Bench:
     Arrivals count from the first sending. vLLM itself writes no ``latencies``: E2E is then TTFT plus the gaps.
     Without ``start_times`` arrivals are unknown.
     """
-    fields = _load(path)
+    return bench_of(path, load(path))
+
+
+def bench_of(path: Path, fields: Mapping[str, Any]) -> Bench:
+    """The same of a file that is loaded."""
+    _check(path, fields)
     count = len(fields["ttfts"])
     arrays = {name: _array(path, fields, name, count) for name in ("input_lens", "output_lens", "ttfts")}
     errors = fields.get("errors") or [""] * count
@@ -137,15 +142,16 @@ def read_bench(path: Path) -> Bench:
     if fields.get("start_times") is not None and count:
         starts = _array(path, fields, "start_times", count)
         starts = starts - starts.min()
-    return Bench(requests=_table(arrays, starts, e2e, errors), gaps_s=gaps, duration_s=fields["duration"])
+    return Bench(requests=request_table(arrays, starts, e2e, errors), gaps_s=gaps, duration_s=fields["duration"])
 
 
-def _table(
+def request_table(
     arrays: Mapping[str, NDArray[np.float64]],
     starts: NDArray[np.float64],
     e2e: NDArray[np.float64],
     errors: Sequence[str],
 ) -> pd.DataFrame:
+    """Request columns from arrays in vLLM's sense; what is not served has no times."""
     import pandas as pd
 
     outputs = arrays["output_lens"].astype(int)
@@ -166,24 +172,34 @@ def _table(
     return pd.DataFrame({name: known.get(name, np.nan) for name in REQUEST_COLUMNS}, index=range(len(outputs)))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
+    """A benchmark's JSON object, as it is."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the JSON of 'vllm bench serve'") from None
-    except ValueError:
-        raise ConfigError(
-            f"{path}: not a JSON file; give the one that 'vllm bench serve --save-result' wrote"
-        ) from None
-    if not isinstance(fields, dict) or "duration" not in fields:
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: not a JSON object; give the file that 'vllm bench serve --save-result' wrote")
+    return fields
+
+
+def duration_of(path: Path, fields: Mapping[str, Any]) -> float:
+    """Seconds the benchmark took."""
+    duration_s = fields.get("duration")
+    if duration_s is None:
         raise ConfigError(f"{path}: duration: missing; give the JSON that 'vllm bench serve --save-result' wrote")
-    duration_s = fields["duration"]
     if isinstance(duration_s, bool) or not isinstance(duration_s, int | float) or not 0 <= duration_s < float("inf"):
         raise ConfigError(f"{path}: duration: {duration_s!r} must be a number of seconds >= 0")
+    return float(duration_s)
+
+
+def _check(path: Path, fields: Mapping[str, Any]) -> None:
+    duration_of(path, fields)
     for name in ARRAYS:
         if not isinstance(fields.get(name), list):
             raise ConfigError(f"{path}: {name}: missing; run 'vllm bench serve' with --save-detailed")
-    return fields
 
 
 def _array(path: Path, fields: Mapping[str, Any], name: str, count: int) -> NDArray[np.float64]:
@@ -204,7 +220,7 @@ def _per(amount: float, seconds: float) -> float | None:
     return amount / seconds if seconds > 0 else None
 
 
-# ---------------------------------------------------------------- goodput, and a real run beside a predicted one
+# ---------------------------------------------------------------- goodput
 
 
 def goodput_slo(pairs: Sequence[str]) -> Slo:
@@ -220,34 +236,3 @@ def goodput_slo(pairs: Sequence[str]) -> Slo:
             raise ConfigError(f"--goodput {pair}: must be ttft, tpot or e2el, a colon and milliseconds, as in ttft:200")
         bounds[BOUNDS[name]] = value_ms / MS_PER_S
     return Slo(ttft_s=bounds.get("ttft_s"), tpot_s=bounds.get("tpot_s"), e2e_s=bounds.get("e2e_s"))
-
-
-def side_by_side(measured: Bench, predicted: Bench | Run) -> list[dict[str, Any]]:
-    """Rows of metric, measured, predicted and relative error; from the same request columns by the same functions."""
-    real, ours = _measures(measured.requests, measured.duration_s), _of(predicted)
-    rows = []
-    for metric, value in real.items():
-        guess = ours[metric]
-        known = value is not None and guess is not None and value != 0
-        rows.append(
-            {"metric": metric, "measured": value, "predicted": guess, "error": guess / value - 1 if known else None}
-        )
-    return rows
-
-
-def _of(predicted: Bench | Run) -> dict[str, Any]:
-    if isinstance(predicted, Run):
-        return _measures(predicted.requests, float(predicted.summary["makespan_s"]))
-    return _measures(predicted.requests, predicted.duration_s)
-
-
-def _measures(requests: pd.DataFrame, duration_s: float) -> dict[str, Any]:
-    done = requests[requests["outcome"] == "completed"]
-    found: dict[str, Any] = {"requests": len(requests), "completed": len(done)}
-    for name in ("ttft_s", "tpot_s", "e2e_s"):
-        spread = distribution(done[name].to_numpy(dtype=float))
-        label = name.removesuffix("_s").upper()
-        found |= {f"{label} {key} (s)": spread[key] for key in ("mean", "p50", "p90", "p99")}
-    found["output tokens/s"] = _per(int(done["output_tokens"].sum()), duration_s)
-    found["makespan (s)"] = duration_s
-    return found

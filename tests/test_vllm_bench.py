@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.rundir import Run, read_run, write_run
-from experiments.vllm_bench import Bench, figures, goodput_slo, of_run, read_bench, side_by_side, write_bench
+from experiments.vllm_bench import figures, goodput_slo, of_run, read_bench, write_bench
 from sim import SYSTEMS, ConfigError, Slo
 from sim.metrics import summarise
 from sim.record import REQUEST_COLUMNS
@@ -88,7 +88,6 @@ def test_a_run_written_and_read_gives_the_same_metrics(tmp_path: Path) -> None:
     for name in ("arrival_s", "input_tokens", "ttft_s", "e2e_s"):
         assert back.requests[name].to_numpy() == pytest.approx(run.requests[name].to_numpy(), nan_ok=True, abs=0)
     assert back.requests["reason"].tolist() == run.requests["reason"].tolist()
-    assert all(row["error"] == pytest.approx(0.0, abs=1e-12) for row in side_by_side(back, run))
     assert 0 < written["request_goodput"] < written["request_throughput"]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -128,20 +127,6 @@ def test_nothing_served_is_none_not_zero(real: Callable[..., Path]) -> None:
     assert summary["mean_ttft_ms"] is summary["request_throughput"] is summary["request_goodput"] is None
 
 
-def test_a_prediction_beside_a_measurement(real: Callable[..., Path]) -> None:
-    measured = read_bench(real())
-    slower = Bench(
-        requests=measured.requests.assign(ttft_s=measured.requests["ttft_s"] * 1.5),
-        gaps_s=measured.gaps_s,
-        duration_s=20.0,
-    )
-    rows = {row["metric"]: row for row in side_by_side(measured, slower)}
-    assert rows["TTFT p50 (s)"]["error"] == pytest.approx(0.5)
-    assert rows["makespan (s)"] == {"metric": "makespan (s)", "measured": 10.0, "predicted": 20.0, "error": 1.0}
-    assert rows["output tokens/s"]["error"] == -0.5
-    assert rows["E2E p99 (s)"]["error"] == 0.0
-
-
 def test_goodput_in_vllms_words() -> None:
     assert goodput_slo(["ttft:200", "tpot:50", "e2el:5000"]) == Slo(ttft_s=0.2, tpot_s=0.05, e2e_s=5.0)
 
@@ -177,9 +162,9 @@ def test_what_is_no_result(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     with pytest.raises(ConfigError, match=r"x\.json: cannot be read"):
         read_bench(path)
-    for text in ("{", "[]", "\x00"):
+    for text in ("{", "[]", "\x00", "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=r"x\.json: (not a JSON file|duration: missing)"):
+        with pytest.raises(ConfigError, match=r"x\.json: (not a JSON object|duration: missing)"):
             read_bench(path)
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.plots.style import Drawing, guide, log_ticks, percent, run_styles, styled
 from experiments.rundir import Run
+from experiments.vllm_bench import Bench
 from sim.types import Slo
 
 METRICS = {
@@ -21,7 +22,7 @@ METRICS = {
 SHARES = np.linspace(0, 1, 201)
 
 
-def latency_cdfs(runs: Mapping[str, Run], slo: Slo) -> Drawing:
+def latency_cdfs(runs: Mapping[str, Run | Bench], slo: Slo) -> Drawing:
     """One panel per metric, one line per run, the SLO's bound dotted."""
     table = cdf_table(runs)
     with styled():
@@ -33,7 +34,7 @@ def latency_cdfs(runs: Mapping[str, Run], slo: Slo) -> Drawing:
     return Drawing(figure, table)
 
 
-def cdf_table(runs: Mapping[str, Run]) -> pd.DataFrame:
+def cdf_table(runs: Mapping[str, Run | Bench]) -> pd.DataFrame:
     """Columns run, metric, share, seconds: the value that this share of the requests does not exceed."""
     parts = []
     for name, run in runs.items():
