@@ -99,11 +99,11 @@ def search(
     """
     setup = resolve(scenario)
     target = settings.target or setup.problem.slo.attainment
-    longest_s, count = _longest_s(setup), sum(1 for _ in setup.requests)
-    allowed = count / longest_s
+    life_s, count = longest_s(setup), sum(1 for _ in setup.requests)
+    allowed = count / life_s
     high = settings.max_rate_per_s or allowed
     if high > allowed:
-        raise ConfigError(f"--max-rate {high:g}: {_too_short(count, high, longest_s)}")
+        raise ConfigError(f"--max-rate {high:g}: {_too_short(count, high, life_s)}")
     start = min(setup.problem.workload.rate_per_s, high)
     replay = Replay(scenario=scenario, criterion=settings.criterion)
     seeds = range(scenario.seed, scenario.seed + settings.seeds)
@@ -113,12 +113,12 @@ def search(
     )  # fmt: skip
     rates = found.by_seed.values()
     if settings.max_rate_per_s is None and max(rates) >= high:
-        raise ConfigError(f"{scenario.where}: {target:.0%} is reached even when {_too_short(count, high, longest_s)}")
+        raise ConfigError(f"{scenario.where}: {target:.0%} is reached even when {_too_short(count, high, life_s)}")
     reason = None if any(rates) else _why_not(replay, start / 2**HALVINGS, target, setup.problem.slo)
     return {**_row(setup, found, target, settings.criterion, high), "reason": reason}, found
 
 
-def _longest_s(setup: Setup) -> float:
+def longest_s(setup: Setup) -> float:
     """Seconds that a request of mean length may take within the SLO."""
     slo, mean = setup.problem.slo, setup.problem.workload.mean_output_tokens
     if (slo.ttft_s, slo.tpot_s, slo.e2e_s) == (None, None, None):

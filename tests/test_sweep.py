@@ -168,7 +168,7 @@ def test_bad_rates_are_one_line(scenario: Path, capsys: pytest.CaptureFixture[st
     assert not Path("swept").exists()
 
 
-def test_export_and_measured(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_exported_and_compares_with_itself(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call("run", scenario, "--out", "kept", "--tokens", "--quiet")
     call("run", scenario, "--out", "bare", "--quiet")
     capsys.readouterr()
@@ -176,10 +176,8 @@ def test_export_and_measured(scenario: Path, capsys: pytest.CaptureFixture[str])
     assert call("export", "kept", "--perfetto", "trace.json", "--vllm-bench", "bench.json", *goodput) == 0
     assert capsys.readouterr().out.split() == ["trace.json", "bench.json"]
     assert json.loads(Path("bench.json").read_text())["num_prompts"] == 8
-    assert call("measured", "kept", "bench.json", "--json") == 0
-    assert all(abs(row["error"]) < 1e-12 for row in json.loads(capsys.readouterr().out))
-    assert call("measured", "kept", "bench.json") == 0
-    assert "TTFT p99 (s)" in capsys.readouterr().out
+    assert call("compare-run", "kept", "bench.json", "--tolerance", "1e-9", "--quiet") == 0
+    assert "TTFT p99" in capsys.readouterr().out
     for arguments in (("kept",), ("kept", "--vllm-bench", "x", "--goodput", "itl:5"), ("bare", "--vllm-bench", "x")):
         assert call("export", *arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
