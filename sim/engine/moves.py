@@ -101,7 +101,7 @@ class Moves:
             clock.at(clock.now_ps + to_ps(answer), self._dispatch, (replica, job, epoch))
 
     def _set_out(self, replica: ReplicaState, job: Job, target: ReplicaState) -> None:
-        reason = self._engine.too_long(job, target, job.input_tokens + job._output_tokens - 1)
+        reason = target.too_long(job, job.input_tokens + job._output_tokens - 1)
         if reason is None:
             self.leave(replica, job)
         else:

@@ -198,20 +198,12 @@ class Engine:
         if total > self.longest_tokens:
             return f"{total} tokens exceed the model's context of {self.longest_tokens:.0f}"
         if prefill is not decode:
-            reason = self.too_long(job, prefill, job.input_tokens)
+            reason = prefill.too_long(job, job.input_tokens)
             if reason is not None:
                 return reason
-        if decode is not None:
-            return self.too_long(job, decode, total - 1)
-        largest = max(self.by_leg.values(), key=lambda replica: replica.ledger.total)
-        return self.too_long(job, largest, total - 1)
-
-    def too_long(self, job: Job, replica: ReplicaState, tokens: int) -> str | None:
-        if job.blocks_for(tokens, replica.ledger.block_size) > replica.ledger.total:
-            capacity = replica.ledger.total * replica.block_size
-            return f"{tokens} tokens exceed the {capacity} that the KV cache of {replica.name} holds"
-        reason = replica.batcher.refuse(job, tokens, replica.ledger.total, replica.limits)
-        return None if reason is None else f"{replica.name}: {reason}"
+        if decode is None:
+            decode = max(self.by_leg.values(), key=lambda replica: replica.ledger.total)
+        return decode.too_long(job, total - 1)
 
     # ------------------------------------------------------------ wait, and be batched
 
