@@ -80,6 +80,8 @@ def execute(
 def _with_measured_steps(
     problem: Problem, system: System, source: Source, how: Execution, options: dict[str, Any]
 ) -> Result:
+    if how.device == "cpu":
+        torch.set_num_threads(1)  # as in a worker process
     cost = MeasuredSteps(
         device=how.device, kv_blocks=how.kv_blocks, block_size=system.limits.block_size, memoise=how.memoise,
         seed=problem.seed,

@@ -1,0 +1,181 @@
+"""Does a prediction hold? The same scenario predicted, executed several times, and compared request by request.
+
+``validate`` does it; read ``Validation`` first. ``validation_report.py`` has the figures; ``docs/validate.md`` says how
+to read them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.recorded_steps import Recorded, StepPair
+from experiments.resolve import Setup
+from sim.cost import Overhead
+from sim.engine import simulate
+from sim.policy import Source, System
+from sim.record import Result
+from sim.types import ConfigError, Request, SimulationError
+
+if TYPE_CHECKING:
+    from calibrate.execute.run import Execution
+
+OVERHEAD_REQUESTS = 60
+
+
+class Watched:
+    """A source that also notes when requests truly arrived (of an open loop), and when they were done."""
+
+    def __init__(self, inner: Source) -> None:
+        self._inner = inner
+        self.late_s: dict[int, float] = {}
+        """How much after its time a request was taken in."""
+        self.ended: list[tuple[Request, float]] = []
+
+    def next(self, now_s: float, finished: Request | None) -> Any:
+        if finished is None:
+            return self._arriving()
+        self.ended.append((finished, now_s))
+        return self._inner.next(now_s, finished)
+
+    def _arriving(self) -> Iterator[Request]:
+        """The engine asks for the first request right before time begins, and for another when one has arrived."""
+        began_s: float | None = None
+        for request in self._inner.next(0.0, None):
+            began_s = time.perf_counter() if began_s is None else began_s
+            yield request
+            self.late_s[request.id] = time.perf_counter() - began_s - request.arrival_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RealRun:
+    """One execution, its replay with recorded times (None where the replay went another way), and the load then."""
+
+    result: Result
+    late_s: Mapping[int, float]
+    pairs: tuple[StepPair, ...]
+    replayed: Result | None
+    diverged: str | None
+    load: float | None
+    """Load average of the machine over the last minute, when the run ended."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Validation:
+    """A prediction and its real runs. ``lost``: why executions ended early; ``ended``: what the lost run had done."""
+
+    setup: Setup
+    mode: str
+    device: str
+    predicted: Result
+    runs: list[RealRun] = field(default_factory=list)
+    lost: str | None = None
+    ended: list[tuple[Request, float]] = field(default_factory=list)
+
+
+def validate(setup: Setup, how: Execution, repeats: int, said: Callable[[str], None] = lambda _: None) -> Validation:
+    """Predict once, execute ``repeats`` times. A worker that dies ends it early; what was done is kept.
+
+    ``ConfigError`` for what cannot be executed.
+    """
+    if setup.events:
+        raise ConfigError(f"{setup.scenario.where}: events: real machines have no made-up faults; leave them out")
+    system = as_executed(setup.system, how.mode)
+    found = Validation(setup=setup, mode=how.mode, device=how.device, predicted=_simulate(setup, system))
+    for number in range(repeats):
+        source = Watched(setup.requests.source())
+        try:
+            result = _execute(setup, source, how)
+        except ConfigError:
+            raise
+        except SimulationError as error:
+            found.lost, found.ended = str(error), source.ended
+            break
+        found.runs.append(_with_replay(setup, system, result, source, how.mode))
+        said(f"run {number + 1} of {repeats}: {result.makespan_s:.1f} s, load average {found.runs[-1].load or 0:.2f}")
+    return found
+
+
+def as_executed(system: System, mode: str) -> System:
+    """What is predicted: the system, with the transfer that workers have (see ``calibrate.execute.run.AtOnce``)."""
+    from calibrate.execute.run import AtOnce
+
+    return system if mode == "measured-step" else replace(system, transfer=lambda: AtOnce(system.transfer()))
+
+
+def _simulate(setup: Setup, system: System, hardware: Recorded | None = None) -> Result:
+    return simulate(
+        setup.problem, system, setup.requests.source(), predictor=setup.predictor, until_s=setup.scenario.until_s,
+        hardware=hardware,
+    )  # fmt: skip
+
+
+def _execute(setup: Setup, source: Source, how: Execution) -> Result:
+    from calibrate.execute.run import execute
+
+    return execute(setup.problem, setup.system, source, how, predictor=setup.predictor, until_s=setup.scenario.until_s)
+
+
+def _with_replay(setup: Setup, system: System, result: Result, source: Watched, mode: str) -> RealRun:
+    recorded = Recorded(result, setup.problem.cluster, moves=mode == "wall-clock")
+    replayed, diverged = None, None
+    try:
+        replayed = _simulate(setup, system, recorded)
+    except SimulationError as error:
+        diverged = str(error)
+    return RealRun(
+        result=result,
+        late_s=source.late_s if mode == "wall-clock" else {},
+        pairs=tuple(recorded.pairs),
+        replayed=replayed,
+        diverged=diverged,
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
+# ---------------------------------------------------------------- what a step takes beside its kernels
+
+
+def measured_overhead(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Overhead:
+    """Seconds per step and per sequence beyond the latency model, fitted to one execution that no comparison uses.
+
+    It serves the first ``count`` requests of the setup, which should have no overhead yet, and another seed than what
+    is validated. Least absolute deviations: steps that something else on the machine held up count no more than others.
+    """
+    source = Watched(First(setup.requests.source(), count))
+    recorded = Recorded(_execute(setup, source, how), setup.problem.cluster, moves=how.mode == "wall-clock")
+    simulate(
+        setup.problem, as_executed(setup.system, how.mode), First(setup.requests.source(), count),
+        predictor=setup.predictor, until_s=setup.scenario.until_s, hardware=recorded,
+    )  # fmt: skip
+    step_s, sequence_s = _least_deviations(recorded.pairs)
+    return Overhead(step_s=step_s, sequence_s=sequence_s)
+
+
+def _least_deviations(pairs: Sequence[StepPair]) -> tuple[float, float]:
+    """Non-negative a, b that minimise the sum of |measured - predicted - a - b sequences|."""
+    from scipy.optimize import linprog
+
+    beyond_s = [pair.measured_s - pair.predicted_s for pair in pairs]
+    design = np.array([(1, pair.decode_seqs + pair.chunks) for pair in pairs])
+    over = np.eye(len(pairs))
+    found = linprog([0, 0, *np.ones(2 * len(pairs))], A_eq=np.hstack([design, over, -over]), b_eq=beyond_s)
+    assert found.x is not None, "every pair of overheads is feasible, and the sum is at least 0"
+    return float(found.x[0]), float(found.x[1])
+
+
+class First:
+    """The first requests of a source."""
+
+    def __init__(self, inner: Source, count: int) -> None:
+        self._inner = inner
+        self._count = count
+
+    def next(self, now_s: float, finished: Request | None) -> Iterable[Request]:
+        return islice(self._inner.next(now_s, None), self._count) if finished is None else ()
