@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calibrate import cli as calibrate_cli
-from experiments import commands_calibrate, commands_goodput, commands_lists, commands_results, commands_trace
+from experiments import (
+    commands_calibrate,
+    commands_goodput,
+    commands_lists,
+    commands_plan,
+    commands_replay,
+    commands_results,
+    commands_trace,
+    commands_validate,
+)
 
 if TYPE_CHECKING:
     from experiments.scenario import Scenario
@@ -33,6 +42,9 @@ commands_calibrate.register(calibrate_cli.app)
 commands_lists.register(app)
 commands_results.register(app)
 commands_goodput.register(app)
+commands_plan.register(app)
+commands_replay.register(app)
+commands_validate.register(app)
 
 ScenarioFile = Annotated[Path, typer.Argument(metavar="SCENARIO", help="scenario file (YAML)")]
 Overrides = Annotated[
@@ -51,6 +63,9 @@ def run(
     scenario: ScenarioFile,
     set_: Overrides = None,
     seed: Seed = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="plan file of 'phasewise plan', in place of the planner")
+    ] = None,
     out: Out = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -64,7 +79,9 @@ def run(
     from experiments.rundir import Run, check_writable, write_run
 
     log = Log(quiet)
-    experiment = _scenario(scenario, set_, seed)
+    experiment = _scenario(
+        scenario, [*(set_ or ()), *([f"plan={json.dumps(str(plan.resolve()))}"] if plan is not None else ())], seed
+    )
     if out is not None:
         check_writable(out)
     setup = resolve(experiment)

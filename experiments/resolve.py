@@ -24,6 +24,7 @@ from pydantic import ValidationError, validate_call
 
 from calibrate.profile_file import read_profile, shipped_profiles
 from experiments.complaints import first_fault
+from experiments.planfile import read_plan
 from experiments.requests import RequestStream
 from experiments.scenario import EventSpec, OverheadSpec, Scenario, SloSpec, SystemSpec
 from sim.cluster import Cluster, did_you_mean, gpu, gpus
@@ -35,7 +36,7 @@ from sim.policy import Predictor, Problem, System, Workload
 from sim.predictors import ConstantLength, TrueLength
 from sim.record import Result
 from sim.systems import SYSTEMS
-from sim.types import ClusterEvent, ConfigError, Slo
+from sim.types import ClusterEvent, ConfigError, Plan, Slo
 from traces import read_events
 
 SAMPLED_REQUESTS = 2000
@@ -55,6 +56,8 @@ class Setup:
     events: tuple[ClusterEvent, ...]
     predictor: Predictor
     usd_per_hour: float | None
+    plan: Plan | None = None
+    """In place of what the system's planner would do."""
 
     def run(self, *, step_by_step: bool = False, progress: Callable[[int], None] | None = None) -> Result:
         """Simulate. ``ConfigError`` if no plan fits, or for a fault further down in the trace."""
@@ -63,6 +66,7 @@ class Setup:
                 self.problem,
                 self.system,
                 self.requests.source(),
+                plan=self.plan,
                 events=self.events,
                 predictor=self.predictor,
                 step_by_step=step_by_step,
@@ -131,6 +135,7 @@ def resolve(scenario: Scenario) -> Setup:
             events=build_events(scenario.events),
             predictor=build_predictor(scenario.predictor, workload, system),
             usd_per_hour=cluster.usd_per_hour(spot=spec.pricing == "spot"),
+            plan=None if scenario.plan is None else read_plan(scenario.plan, problem),
         )
 
 

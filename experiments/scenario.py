@@ -227,6 +227,11 @@ class Scenario(Part):
         default=WorkloadSpec(), description="what is asked of them", examples=[{"trace": "sample", "rate": 5}]
     )
     system: SystemSpec = Field(description="what serves it", examples=[{"name": "vllm", "tp": 4}])
+    plan: str | None = Field(
+        default=None,
+        description="a plan file ('phasewise plan' writes them), in place of what the system's planner would do",
+        examples=["plan.yaml"],
+    )
     compare: dict[str, VariantSpec] = Field(
         default={},
         description="what 'phasewise compare' runs: label -> system",
@@ -306,7 +311,7 @@ class Scenario(Part):
         Relative paths in it are those beside the file, else those in the current folder.
         """
         path = Path(path)
-        data = _read_yaml(path)
+        data = read_yaml(path, "scenario")
         for override in overrides:
             apply(data, override)
         return cls.of(data, where=str(path))._anchored(path.parent)
@@ -362,7 +367,8 @@ class Scenario(Part):
             latency = {gpu: found(name) for gpu, name in latency.items()}
         workload = self.workload.anchored(found)
         events = found(self.events) if isinstance(self.events, str) else self.events
-        return self._with(model=found(self.model), latency=latency, workload=workload, events=events)
+        plan = found(self.plan) if self.plan is not None else None
+        return self._with(model=found(self.model), latency=latency, workload=workload, events=events, plan=plan)
 
 
 def _event(place: int, item: Any) -> EventSpec:
@@ -373,13 +379,14 @@ def _event(place: int, item: Any) -> EventSpec:
         raise PydanticCustomError("nested", "{text}", {"text": f"[{place}]{nested_fault(error)}"}) from None
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, what: str) -> Any:
+    """The data of a file of ours; ``ConfigError`` names it if it cannot be read."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a scenario file") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a {what} file") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file; a scenario is YAML in UTF-8") from None
+        raise ConfigError(f"{path}: not a text file; a {what} is YAML in UTF-8") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
     except yaml.YAMLError as error:

@@ -80,7 +80,7 @@ class Clusters:
             (HH, "conversation", 40, 25),
         ):
             found = self.most(kinds, trace)
-            what = f"Splitwise-{''.join(kinds)} ({self.label}), {trace}, prompt machines of {machines}"
+            what = f"Splitwise-{kinds[0]}{kinds[1]} ({self.label}), {trace}, prompt machines of {machines}"
             note = f"{found.rate_per_s:g} req/s"
             yield self.row("Sec. 6.2", what, prompts * self.scale, found.design.prompts, "", kind="aim", note=note)
 

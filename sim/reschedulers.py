@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import sqrt
+from statistics import pstdev
+
 from sim.policy import View, Workload
 from sim.types import Change, Plan, Signal
 
-SHIFT = 0.2
+SHIFT, CHANCE = 0.2, 3.0
 """What counts as another workload: ours, as papers that plan anew on a shift give no rule."""
 
 
@@ -37,9 +40,15 @@ class RestorePlan:
 
 
 def shifted(before: Workload, now: Workload, by: float = SHIFT) -> bool:
-    """Rate, mean input or mean output differs by more than this share."""
-    pairs = zip(_figures(before), _figures(now), strict=True)
-    return any(abs(new - old) > by * old for old, new in pairs)
+    """Rate, mean input or mean output differs by more than this share, and by more than so few requests may by chance
+    (three standard errors of what was observed; arrivals taken as Poisson)."""
+    count = len(now.lengths)
+    errors = (
+        now.rate_per_s / sqrt(count),
+        *(pstdev(lengths) / sqrt(count) for lengths in zip(*now.lengths, strict=True)),
+    )
+    figures = zip(_figures(before), _figures(now), errors, strict=True)
+    return any(abs(new - old) > max(by * old, CHANCE * error) for old, new, error in figures)
 
 
 def _figures(workload: Workload) -> tuple[float, float, float]:
