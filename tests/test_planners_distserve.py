@@ -280,7 +280,7 @@ def measured(name: str, slo: Slo, count: int = 8, tensor: tuple[int, ...] = (1, 
 
 def test_readme_example_of_the_released_search() -> None:
     """OPT-13B, ShareGPT, four GPUs, P90 of 200 and 100 ms: (2, 1) and (1, 1); 1.56 requests/s and GPU, to the grid."""
-    judge = Rehearsal(simulate=simulate, criterion="separate", spans=0)
+    judge = Rehearsal(simulate=simulate, criterion="separate", spans=0, prompt_tokens=8192)
     search = Search(judge=judge, width_per_gpu=0.25, most_per_gpu=5)
     found = DistServe(search=search, affinity="low").placement(
         measured("opt-13b", Slo(ttft_s=0.2, tpot_s=0.1), 4, (1, 2))
@@ -324,7 +324,7 @@ def test_the_study_writes_its_page_and_capacities_are_those_of_the_released_code
 
 
 def test_lengths_of_the_study_keep_to_the_context_of_opt() -> None:
-    from experiments.study_distserve import APPLICATIONS
+    from experiments.distserve_world import APPLICATIONS
 
     for application in APPLICATIONS:
         lengths = application.problem("distserve-a100").workload.lengths

@@ -63,6 +63,22 @@ def test_prompts_are_batched_up_to_their_number_and_tokens_and_long_ones_run_alo
     assert all(not (fill.chunks and fill.decodes) for fill in fills)
 
 
+def chunks_of(requests: list[Request], **options: Any) -> list[list[int]]:
+    system, fills = spied(with_limits(distserve(**options, **POOLS), max_num_batched_tokens=8192))
+    run(system, requests, problem(APART), step_by_step=True)
+    return [list(fill.chunks.values()) for fill in fills if fill.chunks]
+
+
+def test_prompts_are_batched_up_to_the_length_that_saturates() -> None:
+    """Of 10 ms and 10 us a token: 4,096 tokens give 80.4 a ms, 90 % of it needs 2,614 tokens, or 41 tiles of 64."""
+    requests = [request(number, 0.0, tokens, 2) for number, tokens in enumerate([1024, 1600, 1024, 1601, 3000])]
+    assert chunks_of(requests) == [[1024, 1600], [1024], [1601], [3000]]
+    assert chunks_of(requests, prompt_tokens=1024) == [[1024], [1600], [1024], [1601], [3000]]
+    assert chunks_of(requests, prompt_tokens=9000) == [[1024, 1600, 1024, 1601], [3000]]
+    with pytest.raises(ConfigError, match=r"system\.prompt_tokens is 0; it must be a whole number >= 1"):
+        chunks_of(requests, prompt_tokens=0)
+
+
 def test_a_full_decode_instance_stops_prefill_and_all_is_served_in_the_end() -> None:
     """24 blocks of 16 tokens at either end: KV that waits to be fetched keeps its blocks at its source."""
     requests = traffic(30, 0.0, 150, 100)
@@ -158,10 +174,19 @@ def test_pairs_stay_together() -> None:
 
 def test_what_counts_as_a_shift() -> None:
     before = Workload(rate_per_s=10.0, lengths=((100, 10),))
-    assert not shifted(before, Workload(rate_per_s=11.9, lengths=((119, 8),)))
-    assert shifted(before, Workload(rate_per_s=12.1, lengths=((100, 10),)))
-    assert shifted(before, Workload(rate_per_s=10.0, lengths=((79, 10),)))
-    assert shifted(before, Workload(rate_per_s=10.0, lengths=((100, 13),)))
+    assert not shifted(before, Workload(rate_per_s=11.9, lengths=((119, 8),) * 400))
+    assert shifted(before, Workload(rate_per_s=12.1, lengths=((100, 10),) * 400))
+    assert shifted(before, Workload(rate_per_s=10.0, lengths=((79, 10),) * 400))
+    assert shifted(before, Workload(rate_per_s=10.0, lengths=((100, 13),) * 400))
+
+
+def test_what_chance_may_do_is_no_shift() -> None:
+    """A quarter more requests, or longer ones, may be chance if there are few of them or if they differ much."""
+    before = Workload(rate_per_s=10.0, lengths=((100, 10),))
+    for count, is_shift in ((100, False), (400, True)):
+        assert shifted(before, Workload(rate_per_s=12.5, lengths=((100, 10),) * count)) is is_shift
+        mixed = ((25, 10), (225, 10)) * (count // 2)  # mean 125, standard deviation 100
+        assert shifted(before, Workload(rate_per_s=10.0, lengths=mixed)) is is_shift
 
 
 class Growing:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sim.batchers.common import make_room, refuse_groups, refuse_if_full, swap_in, welcome
+from sim.cost import saturating_chunk
 from sim.policy import Batch, Limits, ReplicaView, RequestView
+from sim.types import ConfigError
 
-DEFAULT_PROMPT_TOKENS = 8192
-"""Tokens of a prefill batch in DistServe's scripts."""
 WAITING_SHARE = 0.05
 """Of a decode instance's blocks, in the released code."""
 
@@ -14,14 +14,20 @@ WAITING_SHARE = 0.05
 class Disaggregated:
     """Prompts first come first served, stopping at the first that does not fit; else all decodes (DistServe, 4.3).
 
-    A batch of prompts holds at most ``max_prompts`` and ``max_num_batched_tokens``; a longer prompt runs alone. KV that
-    waits to be fetched keeps its blocks, so a full decode instance stops the prefill behind it. Decodes: who was
-    swapped out returns before anybody arrived is let in; when blocks run out the latest is swapped out. A prefill
-    instance sees no decodes and a decode instance no prompts; where both meet (after a fault) prompts go first.
+    A batch of prompts holds at most ``max_prompts``, ``prompt_tokens`` and ``max_num_batched_tokens``; a longer prompt
+    runs alone. ``prompt_tokens`` None is the paper's L_m, the shortest prompt that saturates the GPUs: by the price of
+    the instance's steps, as ``saturating_chunk`` finds it. KV that waits to be fetched keeps its blocks, so a full
+    decode instance stops the prefill behind it. Decodes: who was swapped out returns before anybody arrived is let in;
+    when blocks run out the latest is swapped out. A prefill instance sees no decodes and a decode instance no prompts;
+    where both meet (after a fault) prompts go first.
     """
 
-    def __init__(self, max_prompts: int = 128) -> None:
+    def __init__(self, max_prompts: int = 128, prompt_tokens: int | None = None) -> None:
+        for name, value in (("max_prompts", max_prompts), ("prompt_tokens", prompt_tokens)):
+            if value is not None and value < 1:
+                raise ConfigError(f"system.{name} is {value}; it must be a whole number >= 1")
         self.max_prompts = max_prompts
+        self.prompt_tokens = prompt_tokens
 
     def fill(self, batch: Batch) -> None:
         if not batch.swapped and self._admit_prompts(batch):
@@ -43,7 +49,9 @@ class Disaggregated:
         return waiting < WAITING_SHARE * replica.total_blocks
 
     def _admit_prompts(self, batch: Batch) -> int:
-        budget = batch.limits.max_num_batched_tokens or DEFAULT_PROMPT_TOKENS
+        if self.prompt_tokens is None:
+            self.prompt_tokens = saturating_chunk(batch.seconds)
+        budget = min(self.prompt_tokens, batch.limits.max_num_batched_tokens or self.prompt_tokens)
         prompts = tokens = 0
         for request in batch.waiting:
             wanted = batch.tokens_wanted(request)

@@ -132,6 +132,7 @@ class Rehearsal:
     spans: float = SPANS
     criterion: Criterion = "joint"
     max_prompts: int = 128
+    prompt_tokens: int | None = None
 
     def __call__(self, problem: Problem, unit: Unit, rate_per_s: float) -> bool:
         count = enough(problem, rate_per_s, self.requests, self.spans)
@@ -143,7 +144,7 @@ class Rehearsal:
         elif unit.prefill is not None:
             prompts = [replace(request, output_tokens=1) for request in requests]
             pool = Pool(replicas=1, tp=unit.prefill.tp, pp=unit.prefill.pp)
-            columns = self._run(problem, _colocated("prefill", pool, lambda: Disaggregated(self.max_prompts)), prompts)
+            columns = self._run(problem, _colocated("prefill", pool, self._batcher), prompts)
             share = attained(columns, Slo(ttft_s=problem.slo.ttft_s))
         else:
             assert unit.mixed is not None
@@ -153,8 +154,11 @@ class Rehearsal:
         return share >= problem.slo.attainment
 
     def _pair(self, problem: Problem, unit: Unit, requests: Sequence[Request]) -> Columns:
-        system = _runtime(_Given(paired_plan(problem, unit, 1)), self.max_prompts)
+        system = _runtime(_Given(paired_plan(problem, unit, 1)), self._batcher)
         return self._run(problem, system, requests)
+
+    def _batcher(self) -> Batcher:
+        return Disaggregated(self.max_prompts, self.prompt_tokens)
 
     def _decode_share(self, problem: Problem, unit: Unit, requests: Sequence[Request]) -> float:
         """From arrival to the end over all tokens but the first: the prompt's own time is none."""
@@ -242,13 +246,16 @@ class _Given:
 # ---------------------------------------------------------------- the systems
 
 
-def _runtime(planner: Planner, max_prompts: int) -> System:
+def _runtime(planner: Planner, batcher: Callable[[], Batcher]) -> System:
+    def make(role: Role) -> Batcher:
+        return batcher()
+
     return System(
         name="distserve",
         mirrors="DistServe (OSDI 2024), LLMServe/DistServe's schedulers",
         planner=planner,
         router=ShortestQueue,
-        batcher=lambda role: Disaggregated(max_prompts),
+        batcher=make,
         transfer=lambda: Whole(pull=True),
         rescheduler=RestorePlan,
         limits=LIMITS,
@@ -256,10 +263,7 @@ def _runtime(planner: Planner, max_prompts: int) -> System:
 
 
 def _colocated(name: str, pool: Pool, batcher: Callable[[], Batcher]) -> System:
-    def make(role: Role) -> Batcher:
-        return batcher()
-
-    return replace(_runtime(Colocated(pool=pool), 1), name=name, router=LeastRequests, batcher=make)
+    return replace(_runtime(Colocated(pool=pool), batcher), name=name, router=LeastRequests)
 
 
 def distserve(
@@ -268,6 +272,7 @@ def distserve(
     criterion: Criterion = "joint",
     search_requests: int = 300,
     max_prompts: int = 128,
+    prompt_tokens: int | None = None,
     replan: bool = False,
     prefill: PoolOption = None,
     decode: PoolOption = None,
@@ -279,11 +284,13 @@ def distserve(
     vllm++ does so for colocated vLLM. ``count``: fill the cluster, or as many as the workload's rate needs.
     ``criterion`` joint or separate, as in 'phasewise goodput'; ``search_requests`` are simulated per trial. Without
     ``placement`` the pools are as stated. ``replan`` searches again when rate or mean lengths move by 20 %.
+    ``prompt_tokens`` of a prefill batch: None for the fewest that saturate the GPUs; 8192 in the released scripts.
     """
     if placement is None:
         if replan:
             raise ConfigError("system.replan: it repeats the search; set placement to high or low")
-        return _runtime(Split(prefill=Pool.of(prefill, "prefill"), decode=Pool.of(decode, "decode")), max_prompts)
+        pools = Split(prefill=Pool.of(prefill, "prefill"), decode=Pool.of(decode, "decode"))
+        return _runtime(pools, lambda: Disaggregated(max_prompts, prompt_tokens))
     if prefill is not None or decode is not None:
         raise ConfigError("system: placement searches what prefill and decode state; drop one of the two")
     if criterion not in CRITERIA or count not in ("fill", "rate") or placement not in ("high", "low", "vllm++"):
@@ -295,21 +302,26 @@ def distserve(
         raise ConfigError(
             "system.placement: the search simulates; pass simulate=sim.simulate, or state prefill and decode"
         )
-    rehearsal = Rehearsal(simulate=simulate, requests=search_requests, criterion=criterion, max_prompts=max_prompts)
-    return placed(Search(judge=rehearsal), placement, count, replan=replan, max_prompts=max_prompts)
+    rehearsal = Rehearsal(
+        simulate=simulate, requests=search_requests, criterion=criterion, max_prompts=max_prompts,
+        prompt_tokens=prompt_tokens,
+    )  # fmt: skip
+    return placed(
+        Search(judge=rehearsal), placement, count, replan=replan, max_prompts=max_prompts, prompt_tokens=prompt_tokens
+    )
 
 
 def placed(
     search: Search, placement: Affinity | Literal["vllm++"], count: Count = "fill", *,
-    replan: bool = False, max_prompts: int = 128,
+    replan: bool = False, max_prompts: int = 128, prompt_tokens: int | None = None,
 ) -> System:  # fmt: skip
     """The same with a search of one's own: on an executor, or one that several systems share."""
     if placement == "vllm++":
-        system = _runtime(BestColocated(search=search), max_prompts)
+        system = _runtime(BestColocated(search=search), lambda: PrefillFirst("recompute"))
         return replace(
-            system, name="vllm++", router=LeastRequests, batcher=lambda role: PrefillFirst("recompute"),
+            system, name="vllm++", router=LeastRequests,
             mirrors="vLLM 0.2 with DistServe's search of TP and PP",
         )  # fmt: skip
     planner = DistServe(search=search, affinity=placement, count=count)
-    system = _runtime(planner, max_prompts)
+    system = _runtime(planner, lambda: Disaggregated(max_prompts, prompt_tokens))
     return replace(system, rescheduler=lambda: ReplanOnShift(planner)) if replan else system
