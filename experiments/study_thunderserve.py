@@ -75,8 +75,9 @@ In part b splitting gains at both links and more at 40 Gbps, as printed, but les
 layout; what served 1,610 tokens/s, and with which model and traffic, is not known to us, so only ratios of 1,610, 2,196
 and 3,292 tokens/s are compared.
 
-In part c a machine is lost on which few replicas lie, so that those which are left suffice at half the load. A full
-plan loads weights meanwhile. In part e compression does not pay at 40 Gbps; what 4 bits are worth at 5 Gbps is in
+In part c a machine is lost on which few replicas lie, so that those which are left suffice at half the load; a full
+plan loads weights meanwhile. The rescheduler's rules for a shift of traffic (from the second window on, and beyond
+chance) were settled after a first run, in which it took the short answers that complete first for a shift. In part e compression does not pay at 40 Gbps; what 4 bits are worth at 5 Gbps is in
 part b.
 
 Regenerate with `python -m experiments.study_thunderserve --out docs`.

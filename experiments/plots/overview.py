@@ -38,7 +38,7 @@ def overview(runs: Mapping[str, Run], slo: Slo, title: str) -> Drawing:
             figure.add_subplot(grid[1, 2:4]), bars, "usd_per_million_tokens", "Cost", "$ per 1M output tokens", ".2f"
         )
         _draw_lanes(figure.add_subplot(grid[1, 4:]), shown)
-        upper[0].legend(loc="upper left", fontsize=11)
+        figure.legend(*upper[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(runs))
     return Drawing(figure, bars)
 
 

@@ -418,11 +418,11 @@ class Engine:
         replica.flights.clear()
 
     def _note_replica(self, replica: ReplicaState, down_s: float | None) -> None:
-        gpus = replica.gpus
+        kinds = dict.fromkeys(self.problem.cluster.gpu(gpu).name for gpu in replica.gpus)
         busy_s = tuple(to_s(busy_ps) for busy_ps in replica.stage_busy_ps)
         self.rows.replicas.append(
             ReplicaRow(
-                replica.name, replica.role, " ".join(gpus), self.problem.cluster.gpu(gpus[0]).name,
+                replica.name, replica.role, " ".join(replica.gpus), " + ".join(kinds),
                 replica.spec.stages[0].tp, len(replica.spec.stages), replica.total_blocks, max(busy_s), busy_s,
                 all(cost.measured for cost in replica.costs), tuple(stage.tp for stage in replica.spec.stages),
                 to_s(replica.up_ps), down_s,

@@ -38,7 +38,8 @@ class Reschedule:
     ``lightweight``: the groups that still have all their GPUs keep stages and layers; phases and shares are planned
     anew, so nothing is loaded (what returns loads its own weights). Otherwise a full search on the GPUs there are. What
     a flipped group runs, it finishes. The new plan stands ``planning_s`` after its cause, at the next tick; a cause in
-    the meantime starts the planning again. If no plan serves, what is left of the present one stays.
+    the meantime starts the planning again. Traffic is looked at from the second window on. If no plan serves, what is
+    left of the present one stays.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Reschedule:
         return self._change(view, self._groups, self._planned_for, reason)
 
     def _look_at_traffic(self, view: View) -> None:
+        if view.now_s < 2 * self.window_s:  # what completes first was short
+            return
         seen = view.observed(self.window_s)
         if seen is None or len(seen.lengths) < self.fewest_requests:
             return
