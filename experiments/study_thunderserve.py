@@ -77,8 +77,8 @@ and 3,292 tokens/s are compared.
 
 In part c a machine is lost on which few replicas lie, so that those which are left suffice at half the load; a full
 plan loads weights meanwhile. The rescheduler's rules for a shift of traffic (from the second window on, and beyond
-chance) were settled after a first run, in which it took the short answers that complete first for a shift. In part e compression does not pay at 40 Gbps; what 4 bits are worth at 5 Gbps is in
-part b.
+chance) were settled after a first run, in which it took the short answers that complete first for a shift. In part e
+compression does not pay at 40 Gbps; what 4 bits are worth at 5 Gbps is in part b.
 
 Regenerate with `python -m experiments.study_thunderserve --out docs`.
 
