@@ -302,7 +302,8 @@ def test_table_3(name: str, slo: Slo, tensor: tuple[int, ...], prefill: Shape, d
 
     With the degrees for which the code has memory sizes; OPT-13B's TP 4 terms would give (4, 1) and (2, 1).
     """
-    search = Search(judge=Rehearsal(simulate=simulate, spans=0), width_per_gpu=0.25, most_per_gpu=5)
+    judge = Rehearsal(simulate=simulate, spans=0, prompt_tokens=8192)
+    search = Search(judge=judge, width_per_gpu=0.25, most_per_gpu=5)
     placement = DistServe(search=search, affinity="low").placement(measured(name, slo, tensor=tensor))
     assert placement == Placement(placement.prefill, placement.prefill)
     assert placement.prefill.unit == Unit(prefill=prefill, decode=decode)
