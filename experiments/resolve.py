@@ -121,7 +121,7 @@ def resolve(scenario: Scenario) -> Setup:
         problem = Problem(
             cluster=cluster,
             model=the_model,
-            cost=build_cost(scenario.latency, scenario.overhead, scenario.accept_error),
+            cost=build_cost(scenario.latency, scenario.overhead, scenario.accept_error, system.limits.async_scheduling),
             workload=workload,
             slo=build_slo(scenario.slo),
             limits=system.limits,
@@ -204,9 +204,14 @@ def build_events(events: str | tuple[EventSpec, ...] | None) -> tuple[ClusterEve
 
 
 def build_cost(
-    latency: str | Mapping[str, str] | None, overhead: OverheadSpec | None = None, accept_error: float = inf
+    latency: str | Mapping[str, str] | None,
+    overhead: OverheadSpec | None = None,
+    accept_error: float = inf,
+    overlapped: bool = False,
 ) -> StepCost:
     """Step times: all shipped profiles, one named, one per GPU type, or the roofline alone.
+
+    ``overlapped``: the engine decides ahead, so that its overhead hides behind the kernels.
 
     ``ConfigError`` if a profile that is named states a mean held-out error of an operator above ``accept_error``.
     """
@@ -214,7 +219,7 @@ def build_cost(
         return Roofline()
     engine = None
     if overhead is not None:
-        engine = Overhead(step_s=overhead.step_s, sequence_s=overhead.sequence_s, overlapped=overhead.async_scheduling)
+        engine = Overhead(step_s=overhead.step_s, sequence_s=overhead.sequence_s, overlapped=overlapped)
     profiles = tuple(_profiles(latency))
     for profile in profiles if latency is not None else ():
         _check_error(profile, accept_error)

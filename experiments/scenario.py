@@ -110,15 +110,10 @@ class ClusterSpec(Part):
 
 
 class OverheadSpec(Part):
-    """What the serving engine's processor does for a step: in addition, or beside the GPU's work on the last one."""
+    """What the serving engine's processor does for a step: it adds to the kernels, but for ``async_scheduling``."""
 
     step_s: NonNegative = Field(default=0.0, description="per step", examples=[0.002])
     sequence_s: NonNegative = Field(default=0.0, description="per sequence in the step", examples=[0.00002])
-    async_scheduling: bool = Field(
-        default=False,
-        description="a step takes the longer of this and its kernels, not the sum (vLLM: the default from 0.14 on)",
-        examples=[True],
-    )
 
 
 class EngineSpec(Part):
@@ -138,6 +133,12 @@ class EngineSpec(Part):
     )
     max_model_len: Count | None = Field(
         default=None, description="longest input and output together; null: the model's", examples=[8192]
+    )
+    async_scheduling: bool | None = Field(
+        default=None,
+        description="decide each step while the one before it runs (vLLM's default from 0.14 on): what comes or ends "
+        "counts a step later, and a step takes the longer of overhead and kernels, not the sum",
+        examples=[True],
     )
 
 

@@ -45,6 +45,9 @@ class Limits:
     gpu_memory_utilization: float = 0.9
     num_kv_blocks: int | None = None
     max_model_len: int | None = None
+    async_scheduling: bool = False
+    """Decide an iteration while the one before it runs, as vLLM does by default from 0.14 on. What comes or ends
+    meanwhile counts one iteration later. Not with pipeline stages, which have batches in flight as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

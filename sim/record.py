@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MEASURED_COLUMNS = (
-    "request", "arrival_s", "input_tokens", "output_tokens", "outcome", "reason", "queue_s", "prefill_s", "transfer_s",
-    "decode_s", "ttft_s", "tpot_s", "e2e_s", "preemptions", "cached_tokens", "bytes_moved", "prefill_stage",
-    "decode_stage", "klass",
+    "request", "arrival_s", "input_tokens", "output_tokens", "outcome", "reason", "intake_s", "queue_s", "prefill_s",
+    "transfer_s", "decode_s", "ttft_s", "tpot_s", "e2e_s", "preemptions", "cached_tokens", "bytes_moved",
+    "prefill_stage", "decode_stage", "klass",
 )  # fmt: skip
 TRACE_COLUMNS = ("session", "priority", "samples", "beam_search", "prefix", "prefix_block_tokens")
 """What a replay needs beside arrival, lengths and class; prefix hashes are text, as in a trace file."""
@@ -57,6 +57,9 @@ class RequestRow(NamedTuple):
     bytes_moved: int
     prefill_stage: str
     decode_stage: str
+    queued_ps: int | None = None
+    """When a scheduler first knew of it: at arrival, or at the next boundary if an iteration ran then (vLLM's
+    ``queued_ts``)."""
 
 
 class StepRow(NamedTuple):
@@ -179,9 +182,8 @@ class Result:
         arrived = np.rint(arrival * PS_PER_S) / PS_PER_S  # as the engine's clock has it
         output = _array(requests, "output_tokens", np.int64)
         transfer, finish = _array(rows, "transfer_ps", float) / PS_PER_S, _array(rows, "finish_ps", float) / PS_PER_S
-        scheduled, first, prefilled = (
-            _array(rows, name, float) / PS_PER_S for name in ("scheduled_ps", "first_token_ps", "prefill_end_ps")
-        )
+        names = ("queued_ps", "scheduled_ps", "first_token_ps", "prefill_end_ps")
+        queued, scheduled, first, prefilled = (_array(rows, name, float) / PS_PER_S for name in names)
         with np.errstate(invalid="ignore", divide="ignore"):
             tpot = np.where(output > 1, (finish - first) / (output - 1), np.nan)
         values: tuple[Any, ...] = (
@@ -191,6 +193,7 @@ class Result:
             output,
             _array(rows, "outcome", object),
             _array(rows, "reason", object),
+            queued - arrived,
             scheduled - arrived,
             prefilled - scheduled,
             transfer,

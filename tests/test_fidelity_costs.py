@@ -88,7 +88,7 @@ def test_a_line_ends_where_the_kernels_take_longer() -> None:
 
 
 def test_a_scenario_may_ask_for_it() -> None:
-    cost = build_cost(None, OverheadSpec(step_s=1.0, async_scheduling=True))
+    cost = build_cost(None, OverheadSpec(step_s=1.0), overlapped=True)
     assert isinstance(cost, Fitted)
     assert cost.overhead == Overhead(step_s=1.0, overlapped=True)
 

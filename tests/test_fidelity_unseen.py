@@ -76,7 +76,7 @@ def test_defaults_are_those_of_version_and_gpu(
     version: str, gpu: str, more: dict[str, Any], expected: tuple[int, int, bool]
 ) -> None:
     facts = read_facts({"model": "Qwen/Qwen3-32B", "device_name": gpu, "vllm_version": version, **more})
-    assert (facts.limits.max_num_seqs, facts.limits.max_num_batched_tokens, facts.async_scheduling) == expected
+    assert (facts.limits.max_num_seqs, facts.limits.max_num_batched_tokens, facts.limits.async_scheduling) == expected
 
 
 @pytest.mark.parametrize(

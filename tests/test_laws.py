@@ -199,6 +199,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
             "max_num_batched_tokens": draw(st.sampled_from([256, 300, 2048])),
             "block_size": draw(st.sampled_from([8, 16])),
             "prefix_caching": draw(st.booleans()),
+            "async_scheduling": draw(st.booleans()),
         },
         "cost": ToyCost(
             knot=draw(st.sampled_from([200, 1500, 10**9])), base_ps=draw(st.sampled_from([10**10, 10**9 + 7]))

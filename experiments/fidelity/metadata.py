@@ -52,7 +52,6 @@ class Facts:
     chunked_prefill: bool
     long_prefill_token_threshold: int
     reserve_full_prompt: bool
-    async_scheduling: bool
     assumed: tuple[str, ...]
 
 
@@ -120,6 +119,7 @@ def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
         num_kv_blocks=blocks,
         gpu_memory_utilization=look.share("gpu_memory_utilization", 0.9),
         prefix_caching=look.flag("enable_prefix_caching", version >= (0, 8)),
+        async_scheduling=look.flag("async_scheduling", _asynchronous(look, version, pp)),
     )
     return Facts(
         model=_model(look),
@@ -133,7 +133,6 @@ def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
         chunked_prefill=look.flag("enable_chunked_prefill", version >= (0, 8)),
         long_prefill_token_threshold=look.integer("long_prefill_token_threshold", 0),
         reserve_full_prompt=look.flag("scheduler_reserve_full_isl", version >= (0, 19)),
-        async_scheduling=look.flag("async_scheduling", _asynchronous(look, version, pp)),
         assumed=tuple(look.assumed),
     )
 

@@ -23,7 +23,8 @@ COLUMNS = ("input_toks", "output_toks", "queued_ts", "first_token_ts", "last_tok
 class RecordedRun:
     """A run: its engine, the requests to replay, and what was measured of each (arrival_s, ttft_s, tpot_s, e2e_s).
 
-    ``clients``: the most requests that the client had open at once, or None. ``notes``: what was assumed.
+    ``engine_clock``: times are the engine's (``queued_ts``), not a client's. ``clients``: the most requests that the
+    client had open at once, or None. ``notes``: what was assumed.
     """
 
     name: str
@@ -31,6 +32,7 @@ class RecordedRun:
     requests: Sequence[Request]
     truth: pd.DataFrame
     clients: int | None
+    engine_clock: bool
     notes: tuple[str, ...]
 
     @property
@@ -97,7 +99,13 @@ def _logged(folder: Path, facts: Facts) -> RecordedRun:
     hidden = facts.limits.prefix_caching and not any(prefixes)
     notes = ("no trace.jsonl: prompts count as different ones",) if hidden else ()
     return RecordedRun(
-        name=folder.name, facts=facts, requests=requests, truth=truth, clients=None, notes=facts.assumed + notes
+        name=folder.name,
+        facts=facts,
+        requests=requests,
+        truth=truth,
+        clients=None,
+        engine_clock=True,
+        notes=facts.assumed + notes,
     )
 
 
@@ -142,7 +150,13 @@ def _benchmark(path: Path, fields: dict[str, Any], facts: Facts) -> RecordedRun:
     requests = [_request(number, *fields, facts) for number, fields in enumerate(columns)]
     notes = (*facts.assumed, note, "measured by the client: HTTP and tokenizer are in its TTFT, not in the prediction")
     return RecordedRun(
-        name=path.stem, facts=facts, requests=requests, truth=truth, clients=clients, notes=tuple(filter(None, notes))
+        name=path.stem,
+        facts=facts,
+        requests=requests,
+        truth=truth,
+        clients=clients,
+        engine_clock=False,
+        notes=tuple(filter(None, notes)),
     )
 
 

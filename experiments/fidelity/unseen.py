@@ -49,7 +49,7 @@ def system(facts: Facts) -> System:
 
 
 def overhead(facts: Facts) -> Overhead:
-    return replace(SYNCHRONOUS, overlapped=facts.async_scheduling)
+    return replace(SYNCHRONOUS, overlapped=facts.limits.async_scheduling)
 
 
 def profiles(gpu: Gpu) -> list[Profile]:
@@ -91,6 +91,9 @@ def _closed(requests: Iterable[Request], clients: int) -> Following:
 def rows(recorded: RecordedRun, result: Result, study: str = "unseen") -> list[Row]:
     """Mean and quantiles of TTFT, TPOT and E2E, and the makespan; load is time to serve over time to arrive."""
     truth, predicted = recorded.truth, result.requests
+    if recorded.engine_clock:  # it counts from when the scheduler knew of a request
+        taken_in = predicted.intake_s
+        predicted = predicted.assign(ttft_s=predicted.ttft_s - taken_in, e2e_s=predicted.e2e_s - taken_in)
     lost = predicted[predicted.outcome != "completed"]
     if not lost.empty:
         raise ConfigError(f"{recorded.name}: {len(lost)} requests were not served in simulation: {lost.reason.iloc[0]}")
@@ -123,7 +126,7 @@ def described(recorded: RecordedRun, result: Result) -> str:
     return (
         f"{recorded.name}: {facts.model} on {facts.replicas * facts.tp * facts.pp} x {facts.gpu.name} "
         f"(tp {facts.tp}, pp {facts.pp}), vLLM {facts.version[0]}.{facts.version[1]}, "
-        f"{'asynchronous' if facts.async_scheduling else 'synchronous'} scheduling, {replica.total_blocks} KV blocks, "
+        f"{'a' if facts.limits.async_scheduling else ''}synchronous scheduling, {replica.total_blocks} KV blocks, "
         f"{facts.limits.max_num_seqs} sequences, {facts.limits.max_num_batched_tokens} tokens a step; {priced}"
     )
 

@@ -6,7 +6,7 @@ Fits ``sim.policy.Batch``; the meaning of every read and action is documented th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sim.types import PolicyError, Role, Work, to_s
@@ -47,7 +47,10 @@ class Draft:
 
     @property
     def waiting(self) -> Iterator[Job]:
-        return self._waiting() if self.replica.waiting else iter(())
+        queue = self.replica.waiting
+        if not queue:
+            return iter(())
+        return takewhile(lambda job: not self.replica.veil.hides(job), self._waiting())
 
     def _waiting(self) -> Iterator[Job]:
         queue = self.replica.waiting
@@ -60,8 +63,8 @@ class Draft:
 
     @property
     def arrived(self) -> Sequence[Job]:
-        arrived = self.replica.arrived
-        return tuple(arrived) if arrived else ()
+        arrived, veil = self.replica.arrived, self.replica.veil
+        return tuple([job for job in arrived if not veil.hides(job)]) if arrived else ()
 
     @property
     def prefilling(self) -> Sequence[Job]:
@@ -84,8 +87,10 @@ class Draft:
 
     @property
     def num_running(self) -> int:
-        running = self.replica.running
-        return sum(job.samples for job in running) if self.replica.has_groups else len(running)
+        running, ended = self.replica.running, self.replica.veil.ended
+        if not self.replica.has_groups:
+            return len(running) + len(ended)
+        return sum([job.samples for job in running]) + sum([job.samples for job in ended])
 
     @property
     def num_decodes(self) -> int:

@@ -226,6 +226,7 @@ class Changes:
         displaced = list(replica.waiting)
         for job in displaced:
             replica.forget_prefill(job)
+            replica.veil.fresh.pop(job, None)
             self._displace(job)
         replica.waiting.clear()
         replica.retiring = True

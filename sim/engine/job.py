@@ -49,6 +49,7 @@ class Job:
         "prefill_end_ps",
         "priority",
         "published",
+        "queued_ps",
         "request",
         "route",
         "samples",
@@ -82,6 +83,7 @@ class Job:
         self.blocks = 0  # blank KV blocks held; `shared` are held on top
         self.copied_blocks = 0  # and those of a group's other samples
         self.shared: list[Hashable] = []
+        self.queued_ps: int | None = None
         self.published = 0  # hashes[:published] have been looked at for publishing
         self.grows = 0  # blocks it takes when it begins a new one, while in a cohort
         self.cohort: Cohort | None = None

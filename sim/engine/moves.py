@@ -89,7 +89,7 @@ class Moves:
             job.places = (replica.name, target.name)
             del replica.departing[job]
             if target is replica:
-                replica.arrived[job] = None
+                replica.land(job)
                 self._engine.nudge(replica)
             else:
                 self._set_out(replica, job, target)
@@ -242,7 +242,7 @@ class Moves:
         job.copied_blocks = job.copies(job.computed_tokens, target.block_size)
         job.blocks = delivery.blocks - job.copied_blocks
         job.hashes = ()
-        target.arrived[job] = None
+        target.land(job)
         if source.inbox:
             self.make_room(source)
         if source.waiting or source.swapped or source.paused:

@@ -17,6 +17,7 @@ from sim.engine.clock import Alarm, Clock
 from sim.engine.cohort import Cohort
 from sim.engine.job import Job
 from sim.engine.links import Flow
+from sim.engine.veil import Veil
 from sim.memory import Ledger
 from sim.policy import Batcher, Limits
 from sim.types import Line, Move, Replica, Role
@@ -104,6 +105,7 @@ class ReplicaState:
         self.up_ps = clock.now_ps
         self.has_groups = False  # of samples, ever
         self.lanes = len(costs)
+        self.veil = Veil(limits.async_scheduling and self.lanes == 1)
         self.stage_free_ps = [0] * len(costs)
         self.stage_busy_ps = [0] * len(costs)
         self.flights: list[Flight] = []
@@ -201,8 +203,15 @@ class ReplicaState:
         self.waiting[job] = None
         if in_front:
             self.waiting.move_to_end(job, last=False)
+        else:
+            self.veil.fresh[job] = None
         self._num_prefilling += 1
         self._pending_prefill_tokens += job.remaining_tokens
+
+    def land(self, job: Job) -> None:
+        """The job's KV came from elsewhere, and it may decode here."""
+        self.arrived[job] = None
+        self.veil.fresh[job] = None
 
     def computed(self, job: Job, tokens: int) -> None:
         """So many more tokens of the job's prompt are in the KV cache."""

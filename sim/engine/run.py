@@ -252,13 +252,17 @@ class Engine:
 
     def _fill_lanes(self, replica: ReplicaState, now_ps: int) -> None:
         """Fill free lanes with batches; a batch alone in flight may repeat itself."""
+        veil = replica.veil
         if not (replica.waiting or replica.running or replica.arrived or replica.swapped):
+            veil.lift(replica, now_ps)
             return
         launched: list[Flight] = []
         while len(replica.flights) < replica.lanes:
             draft = Draft(replica, now_ps)
             replica.batcher.fill(draft)
             if draft.empty:
+                if veil.lift(replica, now_ps):
+                    continue
                 break
             flight, outside = launch(replica, draft, now_ps, self._swap_ps(replica, draft) if draft.swap_blocks else 0)
             self.iterations_outside += outside
@@ -266,7 +270,8 @@ class Engine:
             total, free = replica.ledger.total, replica.ledger.free
             waiting = len(replica.waiting) + len(replica.arrived)
             self.rows.memory_fields.append((replica.name, now_ps, total - free, total, waiting, len(replica.running)))
-        if not self.step_by_step and len(launched) == 1 == len(replica.flights):
+        more_is_known = veil.lift(replica, now_ps)
+        if not (self.step_by_step or more_is_known) and len(launched) == 1 == len(replica.flights):
             extend(replica, launched[0])
         for flight in launched:
             self._arm(replica, flight)
@@ -290,6 +295,7 @@ class Engine:
         replica.progress(flight, flight.iterations, started=False)
         self._log_flight(replica, flight, now_ps)
         replica.flights.remove(flight)
+        replica.veil.down = replica.veil.used
         cohort = flight.cohort
         if cohort is not None:
             for job in cohort.pop_finished():
@@ -349,7 +355,10 @@ class Engine:
     def _complete(self, replica: ReplicaState, job: Job, now_ps: int) -> None:
         if job.hashes and job.samples == 1:
             replica.publish(job, job.computed_tokens)  # the answer too: a next turn may begin with it
-        replica.release(job)
+        if replica.veil.down:
+            replica.veil.ended.append(job)
+        else:
+            replica.release(job)
         self.finish(job, "completed", "", now_ps)
 
     # ------------------------------------------------------------ end
@@ -374,7 +383,7 @@ class Engine:
             RequestRow(
                 job.request, outcome, reason, job.first_scheduled_ps, job.first_token_ps, job.prefill_end_ps,
                 job.transfer_ps, finish_ps, tuple(job.tokens), job.preemptions, job.cached_tokens, job.bytes_moved,
-                *job.places,
+                *job.places, job.queued_ps,
             )
         )  # fmt: skip
 
