@@ -37,7 +37,7 @@ def validate(
     ] = None,
     overhead: Annotated[
         bool,
-        typer.Option("--overhead", help="fit first, to another short run, what a step takes beside its kernels"),
+        typer.Option("--overhead", help="fit first, to another short run, what a step takes beside the profile"),
     ] = False,
     tolerance: Annotated[
         list[str] | None,
@@ -179,9 +179,10 @@ def _with_overhead(setup: Setup, how: Execution, log: Log) -> Setup:
     others = resolve(scenario.model_copy(update={"seed": scenario.seed + 1000, "overhead": OverheadSpec()}))
     found = measured_overhead(others, how)
     log.say(
-        f"a step takes {found.step_s * 1e3:.2f} ms, and {found.sequence_s * 1e3:.3f} ms a sequence, beside its kernels"
+        f"kernels take {found.slowdown:.3f} times as long as in the profile; beside them a step takes "
+        f"{found.step_s * 1e3:.2f} ms, and {found.sequence_s * 1e3:.3f} ms a sequence"
     )
-    spec = OverheadSpec(step_s=found.step_s, sequence_s=found.sequence_s)
+    spec = OverheadSpec(step_s=found.step_s, sequence_s=found.sequence_s, slowdown=found.slowdown)
     return resolve(scenario.model_copy(update={"overhead": spec}))
 
 

@@ -219,7 +219,7 @@ def build_cost(
         return Roofline()
     engine = None
     if overhead is not None:
-        engine = Overhead(step_s=overhead.step_s, sequence_s=overhead.sequence_s, overlapped=overlapped)
+        engine = Overhead(**overhead.model_dump(), overlapped=overlapped)
     profiles = tuple(_profiles(latency))
     for profile in profiles if latency is not None else ():
         _check_error(profile, accept_error)

@@ -110,10 +110,14 @@ class ClusterSpec(Part):
 
 
 class OverheadSpec(Part):
-    """What the serving engine's processor does for a step: it adds to the kernels, but for ``async_scheduling``."""
+    """What a step takes beside what the latency model says: the processor's time, which adds to the kernels (but for
+    ``async_scheduling``), and how much slower the kernels are here."""
 
     step_s: NonNegative = Field(default=0.0, description="per step", examples=[0.002])
     sequence_s: NonNegative = Field(default=0.0, description="per sequence in the step", examples=[0.00002])
+    slowdown: Positive = Field(
+        default=1.0, description="times as long as in the latency model that the kernels take here", examples=[1.1]
+    )
 
 
 class EngineSpec(Part):

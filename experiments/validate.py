@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from calibrate.execute.run import Execution
 
 OVERHEAD_REQUESTS = 60
+LEAST_SLOWDOWN = 0.1
+"""No machine is ten times as fast as when it was calibrated."""
 
 
 class Watched:
@@ -143,10 +145,11 @@ def _with_replay(setup: Setup, system: System, result: Result, source: Watched, 
 
 
 def measured_overhead(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Overhead:
-    """Seconds per step and per sequence beyond the latency model, fitted to one execution that no comparison uses.
+    """Seconds per step and per sequence, and how much slower kernels are: fitted to a run that no comparison uses.
 
     It serves the first ``count`` requests of the setup, which should have no overhead yet, and another seed than what
-    is validated. Least absolute deviations: steps that something else on the machine held up count no more than others.
+    is validated. Least absolute relative deviations: steps that something else on the machine held up count no more
+    than others, nor do long ones.
     """
     source = Watched(First(setup.requests.source(), count))
     recorded = Recorded(_execute(setup, source, how), setup.problem.cluster, moves=how.mode == "wall-clock")
@@ -154,20 +157,22 @@ def measured_overhead(setup: Setup, how: Execution, count: int = OVERHEAD_REQUES
         setup.problem, as_executed(setup.system, how.mode), First(setup.requests.source(), count),
         predictor=setup.predictor, until_s=setup.scenario.until_s, hardware=recorded,
     )  # fmt: skip
-    step_s, sequence_s = _least_deviations(recorded.pairs)
-    return Overhead(step_s=step_s, sequence_s=sequence_s)
+    step_s, sequence_s, slowdown = _least_deviations(recorded.pairs)
+    return Overhead(step_s=step_s, sequence_s=sequence_s, slowdown=slowdown)
 
 
-def _least_deviations(pairs: Sequence[StepPair]) -> tuple[float, float]:
-    """Non-negative a, b that minimise the sum of |measured - predicted - a - b sequences|."""
+def _least_deviations(pairs: Sequence[StepPair]) -> tuple[float, float, float]:
+    """Non-negative a, b, c that minimise the sum of |a + b sequences + c predicted - measured| / measured."""
     from scipy.optimize import linprog
 
-    beyond_s = [pair.measured_s - pair.predicted_s for pair in pairs]
-    design = np.array([(1, pair.decode_seqs + pair.chunks) for pair in pairs])
+    shares = np.array([(1, pair.decode_seqs + pair.chunks, pair.predicted_s) for pair in pairs])
+    design = shares / np.array([pair.measured_s for pair in pairs])[:, None]
     over = np.eye(len(pairs))
-    found = linprog([0, 0, *np.ones(2 * len(pairs))], A_eq=np.hstack([design, over, -over]), b_eq=beyond_s)
-    assert found.x is not None, "every pair of overheads is feasible, and the sum is at least 0"
-    return float(found.x[0]), float(found.x[1])
+    costs = [0, 0, 0, *np.ones(2 * len(pairs))]
+    bounds = [(0, None), (0, None), (LEAST_SLOWDOWN, None), *[(0, None)] * (2 * len(pairs))]
+    found = linprog(costs, A_eq=np.hstack([design, over, -over]), b_eq=np.ones(len(pairs)), bounds=bounds)
+    assert found.x is not None, "every overhead is feasible, and the sum is at least 0"
+    return float(found.x[0]), float(found.x[1]), float(found.x[2])
 
 
 class First:

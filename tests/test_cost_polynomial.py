@@ -91,7 +91,10 @@ def test_a_chunk_with_context_takes_what_the_longer_prompt_takes_more() -> None:
 def test_a_stated_overhead_takes_the_place_of_the_fits() -> None:
     work = Work((), 4, 4000)
     cost = bind(HAND, overhead=Overhead(step_s=0.5, sequence_s=0.01))
-    assert seconds(cost, work) == pytest.approx(0.020 + 4e-4 + 4e-3 + 0.5 + 0.04)
+    steps_s = 0.020 + 4e-4 + 4e-3
+    assert seconds(cost, work) == pytest.approx(steps_s + 0.5 + 0.04)
+    slow = bind(HAND, overhead=Overhead(step_s=0.5, slowdown=1.5))
+    assert seconds(slow, work) == pytest.approx(1.5 * steps_s + 0.5)
 
 
 def test_measured_operators_and_kernels_come_before_closed_forms() -> None:

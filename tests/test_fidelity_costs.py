@@ -30,7 +30,7 @@ from sim.cost import (
 )
 from sim.cost.step import Composed
 from sim.model import ModelSpec, model
-from sim.types import Stage, Work
+from sim.types import ConfigError, Stage, Work
 
 KERNELS = read_profile(shipped_profiles()["vllm-0.19-kernels-rtx-pro-6000"])
 LLAMA, EXPERTS = model("llama-3.1-8b"), model("qwen3-30b-a3b")
@@ -55,6 +55,17 @@ def test_a_step_takes_the_longer_of_kernels_and_processor() -> None:
         both = bound(overhead=replace(part, overlapped=True))
         assert seconds(both, work) == pytest.approx(max(kernels_s, host_s))
         assert seconds(bound(overhead=part), work) == pytest.approx(kernels_s + host_s)
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_slowdown_is_of_kernels_alone(overlapped: bool) -> None:
+    work = Work(((64, 0),), 8, 8 * 500)
+    host_s = 1e-6 if overlapped else 0.5
+    slow = bound(overhead=Overhead(step_s=host_s, slowdown=1.25, overlapped=overlapped))
+    beside_s = 0.0 if overlapped else host_s
+    assert seconds(slow, work) == pytest.approx(1.25 * seconds(bound(), work) + beside_s, rel=1e-6)
+    with pytest.raises(ConfigError, match="slowdown is 0"):
+        Overhead(slowdown=0)
 
 
 def test_only_the_first_stage_waits_for_the_processor() -> None:

@@ -167,17 +167,19 @@ def test_lateness_is_that_of_the_moment_a_request_is_taken_in() -> None:
 
 
 def test_an_overhead_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Executed steps take 3 ms, and 0.5 ms a sequence, more than predicted; every third is held up for a second."""
+    """Steps take 1.2 times the predicted time, 3 ms, and 0.5 ms a sequence; every third is held up for a second."""
     setup = setup_of(tmp_path, COLOCATED, requests=40, overhead={"step_s": 0})
 
     def executed(setup: Setup, source: Any, how: Execution) -> Result:
-        dear = resolve(setup.scenario.model_copy(update={"overhead": OverheadSpec(step_s=0.003, sequence_s=0.0005)}))
+        spec = OverheadSpec(step_s=0.003, sequence_s=0.0005, slowdown=1.2)
+        dear = resolve(setup.scenario.model_copy(update={"overhead": spec}))
         return simulate(dear.problem, dear.system, source, predictor=dear.predictor, hardware=Disturbed(dear))
 
     monkeypatch.setattr(validation, "_execute", executed)
     found = measured_overhead(setup, MEASURED, count=30)
     assert found.step_s == pytest.approx(0.003, rel=1e-6)
     assert found.sequence_s == pytest.approx(0.0005, rel=1e-6)
+    assert found.slowdown == pytest.approx(1.2, rel=1e-6)
 
 
 class Disturbed(Recorded):

@@ -30,7 +30,7 @@ def study(measured: Path) -> Study:
             "settings from meta.json: 2588 blocks of 16 tokens, 2048 tokens a step, 256 sequences, prefix caching, "
             "scheduler_reserve_full_isl; arrivals are the engine's (queued_ts)",
             "nothing is fitted; asynchronous scheduling: the processor's time is hidden behind every step, and what "
-            "comes or ends counts a step later; TTFT and E2E count from when the scheduler knew of a request, as in the run",
+            "comes or ends counts a step later; TTFT and E2E count from when the scheduler knew of a request",
             "the aim is the upstream simulator's error on the same run (makespan, which it lacks: 0.5 %)",
         ),
     )

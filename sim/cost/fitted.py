@@ -102,7 +102,7 @@ class Fitted:
     def bind(self, model: ModelSpec, stage: Stage, cluster: Cluster, slow: float = 1.0) -> StageCost:
         if self.overhead is None or not self.overhead.overlapped:
             return self._bind(model, stage, cluster, slow)
-        kernels = replace(self, overhead=Overhead())._bind(model, stage, cluster, slow)
+        kernels = replace(self, overhead=Overhead(slowdown=self.overhead.slowdown))._bind(model, stage, cluster, slow)
         return Overlapped.of(kernels, self.overhead, slow) if stage.first_layer == 0 else kernels
 
     def _bind(self, model: ModelSpec, stage: Stage, cluster: Cluster, slow: float) -> StageCost:
@@ -115,10 +115,11 @@ class Fitted:
                 )
         if whole is not None:
             return whole.bind(stage, self.overhead, slow)
-        operators = self.fallback.operators(model, stage, cluster, slow)
+        kernels_slow = slow if self.overhead is None else slow * self.overhead.slowdown
+        operators = self.fallback.operators(model, stage, cluster, kernels_slow)
         if entry is not None:
-            rates = self.fallback.rates(model, stage, cluster, slow)
-            operators = _measured(entry, operators, _Scale(model, stage, rates, slow))
+            rates = self.fallback.rates(model, stage, cluster, kernels_slow)
+            operators = _measured(entry, operators, _Scale(model, stage, rates, kernels_slow))
         if self.overhead is not None:
             here = slow if stage.first_layer == 0 else 0.0
             operators = replace(
@@ -146,7 +147,7 @@ class Fitted:
 
     def _built(self, model: ModelSpec, stage: Stage, cluster: Cluster, names: set[str]) -> ProfileEntry | None:
         for kernels in (kernels for profile in self.profiles for kernels in profile.kernels):
-            if model.dtype in kernels.dtypes and any(names == {gpu.lower()} for gpu in kernels.gpus):
+            if kernels.serves(model.dtype) and any(names == {gpu.lower()} for gpu in kernels.gpus):
                 return kernels.entry(model, stage.tp, cluster.gpu(stage.gpus[0]))
         return None
 

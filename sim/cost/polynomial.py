@@ -81,14 +81,15 @@ class Polynomial:
         first = stage.first_layer == 0
         token_s = self.first_token_s if first and overhead is None else 0.0
         step_s = self.first_s if overhead is None else overhead.step_s
-        scaled = _Terms(self, share * slow, token_s * slow)
+        kernels = slow if overhead is None else slow * overhead.slowdown
+        scaled = _Terms(self, share * kernels, token_s * kernels)
         parts = {
             "overhead_ps": _ps(step_s * slow) if first else 0,
             "sequence_ps": _ps(overhead.sequence_s * slow) if first and overhead is not None else 0,
         }
         return PolynomialCost(
             decodes=Composed(scaled.decode_steps(**parts), measured=True),
-            prompts=Composed(scaled.prompt_steps(_ps(self.hop_s / share * slow), **parts), measured=True),
+            prompts=Composed(scaled.prompt_steps(_ps(self.hop_s / share * kernels), **parts), measured=True),
         )
 
 

@@ -23,16 +23,21 @@ class Overhead:
 
     Scheduling, launches, preparing inputs, taking samples back. ``overlapped``: the processor does it while the GPU
     works on the step before (asynchronous scheduling), so that a step takes the longer of the two, not their sum.
+    ``slowdown``: how many times as long as in the latency model the kernels take here (clocks, memory that other
+    programs use as well).
     """
 
     step_s: float = 0.0
     sequence_s: float = 0.0
     overlapped: bool = False
+    slowdown: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("step_s", "sequence_s"):
             if not 0 <= getattr(self, name) < inf:
                 raise ConfigError(f"overhead: {name} is {getattr(self, name)}; it must be a number >= 0")
+        if not 0 < self.slowdown < inf:
+            raise ConfigError(f"overhead: slowdown is {self.slowdown}; it must be a number > 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +49,6 @@ class Roofline:
     activations between them. ``memory_efficiency``: GEMMs of up to 16 rows: 0.68 A100, 0.79 H100, 0.80 L40S.
     ``attention_compute_efficiency``: causal prefill from 1,024 tokens: 0.50 A100, 0.48 H100, 0.43 L40S.
     ``attention_memory_efficiency``: decode over 50 MB of KV and more: 0.59 A100, 0.70 H100, 0.80 L40S.
-    ``collective_efficiency``: all-reduce of 64 MiB over 8 GPUs: 0.34 A100, 0.45 H100 of NVLink's nominal rate.
     ``overhead_s``: scheduling, launch and sampling between steps, once a step: 1-3 ms are usual for engines
     of 2025; those of 2023 took 20-40 ms (the Splitwise profile contains its own).
     """
@@ -54,7 +58,6 @@ class Roofline:
     memory_efficiency: float = 0.75
     attention_compute_efficiency: float = 0.5
     attention_memory_efficiency: float = 0.7
-    collective_efficiency: float = 0.4
     overhead_s: float = 0.002
 
     def __post_init__(self) -> None:
@@ -94,28 +97,27 @@ class Roofline:
         wide = "float32" if model.dtype == "float32" else "bfloat16"
         wide_flops = min(gpu.flops_for(wide) for gpu in gpus) / slow
         memory = min(gpu.bandwidth_bytes_per_s for gpu in gpus) / slow
-        link = cluster.collective_link(stage.gpus)
         return Rates(
             tp=stage.tp,
+            slow=slow,
             linear_flops_per_s=flops * self.compute_efficiency,
             head_flops_per_s=wide_flops * self.compute_efficiency,
             memory_bytes_per_s=memory * self.memory_efficiency,
             attention_flops_per_s=wide_flops * self.attention_compute_efficiency,
             attention_bytes_per_s=memory * self.attention_memory_efficiency,
-            link=Link(
-                bytes_per_s=link.bytes_per_s * self.collective_efficiency / slow, latency_s=link.latency_s * slow
-            ),
+            link=cluster.collective_link(stage.gpus),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Achieved rates of one GPU of a stage, and the link of its tensor-parallel group.
+    """Achieved rates of one GPU of a stage, and the link of its tensor-parallel group (``slow`` not in it).
 
     Layers compute in the model's dtype; head and attention in 16 bits where that is narrower.
     """
 
     tp: int
+    slow: float
     linear_flops_per_s: float
     head_flops_per_s: float
     memory_bytes_per_s: float
@@ -174,7 +176,7 @@ def _collective(model: ModelSpec, stage: Stage, rates: Rates) -> Fixed:
 
     def collective(tokens: int) -> tuple[int, bool]:
         one_s = collective_seconds("all_reduce", tokens * token_bytes, rates.link, rates.tp)
-        return round(count * one_s * PS_PER_S), False
+        return round(count * one_s * rates.slow * PS_PER_S), False
 
     return collective
 
@@ -194,7 +196,7 @@ def _head(model: ModelSpec, rates: Rates) -> Fixed:
         compute_s = model.head_flops_per_token * seqs / rates.tp / rates.head_flops_per_s
         logits_bytes = seqs * model.vocab_size * value_bytes
         gather_s = collective_seconds("all_gather", logits_bytes, rates.link, rates.tp)
-        return round((max(compute_s, weights_s) + gather_s) * PS_PER_S), False
+        return round((max(compute_s, weights_s) + gather_s * rates.slow) * PS_PER_S), False
 
     return head
 
