@@ -347,3 +347,12 @@ def test_schema_knows_every_key() -> None:
     assert schema["additionalProperties"] is False
     assert {"workload", "slo", "latency", "events", "seed", "compare"} <= set(schema["properties"])
     json.dumps(schema, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_scenario_file_that_comes_along_runs(path: Path) -> None:
+    setup = resolve(Scenario.load(path, overrides=["workload.limit=20"]))
+    result = setup.run()
+    assert set(result.requests.outcome) == {"completed"}
