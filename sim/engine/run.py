@@ -21,12 +21,13 @@ from sim.engine.flight import extend, launch, reoccupy_stages
 from sim.engine.hardware import Hardware
 from sim.engine.job import Job, block_hashes
 from sim.engine.links import Links
+from sim.engine.log import log_flight, log_replica, request_row
 from sim.engine.moves import Moves
 from sim.engine.replica import Flight, ReplicaState
 from sim.engine.setup import build_replica, check_plan
 from sim.engine.view import SystemView
 from sim.policy import Predictor, Problem, Source, System
-from sim.record import Recorder, ReplicaRow, RequestRow, Result
+from sim.record import Recorder, Result
 from sim.types import (
     ClusterEvent,
     Outcome,
@@ -293,7 +294,7 @@ class Engine:
         flight.alarm = None
         now_ps = self.clock.now_ps
         replica.progress(flight, flight.iterations, started=False)
-        self._log_flight(replica, flight, now_ps)
+        self.iterations += log_flight(self.rows, replica, flight, now_ps)
         replica.flights.remove(flight)
         replica.veil.down = replica.veil.used
         cohort = flight.cohort
@@ -319,20 +320,6 @@ class Engine:
             small, large = (cohort, idle) if cohort.size < idle.size else (idle, cohort)
             large.absorb(small)
             replica.idle = large
-
-    def _log_flight(self, replica: ReplicaState, flight: Flight, now_ps: int) -> None:
-        """What the flight did, for token times, stage use and the step table."""
-        count, cohort = flight.iterations, flight.cohort
-        self.iterations += count
-        if cohort is not None:
-            cohort.log.append((cohort.it - count, flight.start_ps, count, flight.first_ps, flight.slope_ps))
-        for number, line in enumerate(flight.stage_lines):
-            replica.stage_busy_ps[number] += count * line.first_ps + line.slope_ps * (count * (count - 1) // 2)
-        prefill_tokens = sum([tokens for _, tokens in flight.chunks]) if flight.chunks else 0
-        decode_seqs = cohort.size if cohort is not None else 0
-        self.rows.step_fields.append(
-            (replica.name, flight.start_ps, now_ps, count, prefill_tokens, decode_seqs, flight.decode_context)
-        )
 
     def _emit_first(self, replica: ReplicaState, job: Job, now_ps: int) -> None:
         """The prompt is computed (again): a token comes out, and the job decodes here or moves on."""
@@ -368,7 +355,7 @@ class Engine:
         self.finished += 1
         if job.route is not None:
             self.router.finished(job)
-        self._record(job, outcome, reason, now_ps)
+        self.rows.requests.append(request_row(job, outcome, reason, now_ps))
         if self.observes and now_ps is not None:
             self.view.completions.append((now_ps, (job.input_tokens, job.generated_tokens)))
         if self.progress is not None and self.finished % 1000 == 0:
@@ -377,15 +364,6 @@ class Engine:
         for request in following:
             later = self._job(replace(request, arrival_s=after(self.clock.now_ps, request.arrival_s)))
             self._await_arrival(later, iter(()))
-
-    def _record(self, job: Job, outcome: Outcome, reason: str, finish_ps: int | None) -> None:
-        self.rows.requests.append(
-            RequestRow(
-                job.request, outcome, reason, job.first_scheduled_ps, job.first_token_ps, job.prefill_end_ps,
-                job.transfer_ps, finish_ps, tuple(job.tokens), job.preemptions, job.cached_tokens, job.bytes_moved,
-                *job.places, job.queued_ps,
-            )
-        )  # fmt: skip
 
     def _cut_off(self) -> None:
         """Record what is still running when the simulated time is over."""
@@ -397,7 +375,7 @@ class Engine:
             if job.cohort is not None:
                 job.cohort.leave(job)
             self.unfinished -= 1
-            self._record(job, "running", "cut off", None)
+            self.rows.requests.append(request_row(job, "running", "cut off", None))
 
     # ------------------------------------------------------------ replicas come and go
 
@@ -413,7 +391,7 @@ class Engine:
         del self.by_leg[replica.leg]
         if replica.kick is not None:
             replica.kick.cancel()
-        self._note_replica(replica, to_s(self.clock.now_ps))
+        log_replica(self.rows, self.problem.cluster, replica, to_s(self.clock.now_ps))
 
     def end_flights(self, replica: ReplicaState) -> None:
         """Stop what is in flight: iterations that ended count, the one under way is lost."""
@@ -423,26 +401,12 @@ class Engine:
                 flight.alarm.cancel()
             if flight.done:
                 flight.iterations = flight.done
-                self._log_flight(replica, flight, flight.boundary_ps(flight.done))
+                self.iterations += log_flight(self.rows, replica, flight, flight.boundary_ps(flight.done))
         replica.flights.clear()
-
-    def _note_replica(self, replica: ReplicaState, down_s: float | None) -> None:
-        kinds = dict.fromkeys(self.problem.cluster.gpu(gpu).name for gpu in replica.gpus)
-        busy_s = tuple(to_s(busy_ps) for busy_ps in replica.stage_busy_ps)
-        self.rows.replicas.append(
-            ReplicaRow(
-                replica.name, replica.role, " ".join(replica.gpus), " + ".join(kinds),
-                replica.spec.stages[0].tp, len(replica.spec.stages), replica.total_blocks, max(busy_s), busy_s,
-                all(cost.measured for cost in replica.costs), tuple(stage.tp for stage in replica.spec.stages),
-                to_s(replica.up_ps), down_s,
-            )
-        )  # fmt: skip
-        for cohort in replica.cohorts:
-            self.rows.segments[cohort.id] = cohort.log
 
     def result(self, wall_s: float) -> Result:
         for replica in self.by_leg.values():
-            self._note_replica(replica, None)
+            log_replica(self.rows, self.problem.cluster, replica, None)
         return Result(
             self.rows,
             system=self.system.name,
