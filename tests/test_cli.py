@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from experiments.cli import main
 from experiments.report import winners
 from experiments.rundir import TABLES, read_run
+from tests.command import call
 
 SCENARIO = """\
 model: llama-2-7b
@@ -39,13 +39,6 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(SCENARIO)
     return path
-
-
-def call(*arguments: object) -> int:
-    """The exit code of ``phasewise`` with these arguments."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return 0 if caught.value.code is None else int(caught.value.code)
 
 
 def test_run_prints_one_json_object(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:

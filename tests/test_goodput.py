@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import cli
 from experiments.goodput import Replay
 from experiments.scenario import Scenario
 from experiments.sweep import Here
 from sim import ConfigError, Slo
 from sim.goodput import Goodput, attained, bisected_rate, bracketing, goodput, halving
+from tests.command import call
 
 SEARCH: dict[str, Any] = {"start": 1.0, "high": 1000.0, "tolerance": 0.01, "executor": Here()}
 
@@ -178,12 +178,6 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(SCENARIO)
     return path
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
 
 
 def test_a_looser_slo_or_target_never_lowers_a_simulated_goodput(scenario: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments import cli
 from experiments.scenario import Scenario
 from experiments.sweep import Here, best_rates, means, points, process_pool, run_points
 from sim import ConfigError
 from sim.metrics import estimate
+from tests.command import call
 
 SCENARIO = """
 model: llama-3.1-8b
@@ -37,12 +37,6 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(SCENARIO)
     return path
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
 
 
 def test_every_system_rate_and_seed_is_a_run(scenario: Path) -> None:

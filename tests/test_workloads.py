@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
-from experiments.cli import main
 from experiments.plots.gallery import slo_of
 from experiments.requests import RequestStream
 from experiments.resolve import resolve
@@ -26,6 +25,7 @@ from experiments.workload import WorkloadSpec
 from sim import ConfigError, Slo
 from sim.metrics import attainment, met, scaled, slo_figures
 from sim.types import Request
+from tests.command import call
 from traces import ClosedLoop, Sessions, TraceSource, read, statistics, unroll, write
 
 FIXED = {"requests": 12, "input": {"fixed": 100}, "output": {"fixed": 10}}
@@ -282,12 +282,6 @@ def test_machines_with_ports_but_no_link_cannot_send_kv(gbps: float, served: boo
 
 
 # ---------------------------------------------------------------- files of workloads
-
-
-def call(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
 
 
 def test_unrolled_sessions_arrive_as_if_every_token_took_so_long() -> None:
