@@ -62,7 +62,7 @@ def calibrate(
     threads: Annotated[int | None, typer.Option(help="threads of the CPU; default: torch's choice")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no log on stderr")] = False,
 ) -> None:
-    """Measure one layer of a model, operator by operator, and write a latency profile.
+    """Measure a model operator by operator and in steps of few layers, and write a latency profile.
 
     Each point is kept in a journal beside the profile: the same command continues after an interruption.
     """

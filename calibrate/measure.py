@@ -21,6 +21,7 @@ from calibrate.bench.family import Family, Key
 from calibrate.bench.journal import Journal
 from calibrate.bench.runner import Measure, Measured, Progress, coarse_looks, run
 from calibrate.bench.shapes import Limits, Shard
+from calibrate.beside import Beside
 from calibrate.samples import Samples
 from sim.cluster import gpu as find_gpu
 from sim.cost import Device, Profile, Provenance
@@ -172,13 +173,15 @@ def _limits(settings: Settings, spec: ModelSpec, *, cuda: bool) -> Limits:
 @contextmanager
 def _families(shards: Sequence[Shard], here: Target, limits: Limits) -> Iterator[list[Family]]:
     """All operators, those that steps are made of first; the processes of collectives live as long as this."""
-    from calibrate.bench import attention, cache, collectives, layer
+    from calibrate.bench import attention, cache, collectives, layer, step
 
     families: list[Family] = []
     groups = {tp: collectives.Group(tp, cuda=here.cuda) for tp in {shard.tp for shard in shards}}
     for shard in shards:
         families += [layer.linear_family(shard, here, limits), layer.head_family(shard, here, limits)]
         families += attention.attention_families(shard, here, limits)
+        if step.refused(shard) is None:
+            families.append(step.step_family(shard, here, limits))
         if collectives.can_group(here, shard.tp):
             families.append(collectives.collective_family(shard, here, groups[shard.tp]))
         families += [cache.kv_family(shard, here, limits), layer.gemv_family(shard, here)]
@@ -201,18 +204,19 @@ def _outcome(
     *,
     cuda: bool,
 ) -> Outcome:
-    samples = measure_fit.as_samples(measured, _traffic(families, measured))
-    entries = tuple(measure_fit.entry(shard.spec, device.gpu, shard.tp, samples, cuda=cuda) for shard in shards)
+    samples = measure_fit.as_samples(measured, _traffic(families, measured), shards)
+    built = [measure_fit.entry(shard, device.gpu, samples, cuda=cuda) for shard in shards]
     skipped = tuple(
         f"{at.operator} (tp {at.tp}) at {dict(at.point)}: {found.skipped}"
         for at, found in measured.by_key.items()
         if found.skipped
     )
     device = replace(device, flops=_peak_flops(samples), bandwidth_bytes_per_s=_peak_bandwidth(samples))
+    notes = [_beside(shard, beside) for shard, (_, beside) in zip(shards, built, strict=True)]
     profile = Profile(
         name=name,
-        provenance=_provenance(settings, device, samples, len(skipped)),
-        entries=entries,
+        provenance=_provenance(settings, device, samples, [*notes, f"{len(skipped)} points skipped for memory"]),
+        entries=tuple(entry for entry, _ in built),
         device=device,
         tables=dict(measure_fit.tables(samples)),
     )
@@ -242,7 +246,17 @@ def _peak_bandwidth(samples: Sequence[Samples]) -> float | None:
     return None
 
 
-def _provenance(settings: Settings, device: Device, samples: Sequence[Samples], skipped: int) -> Provenance:
+def _beside(shard: Shard, beside: Beside | None) -> str:
+    """What the tables hold beside the operators of a shard."""
+    from calibrate.bench.step import refused
+
+    at = f"{shard.spec.dtype} tp {shard.tp}"
+    if beside is None:
+        return f"{at}: operators alone ({refused(shard) or 'too few whole steps fit into memory'})"
+    return f"{at}: whole steps took {beside.ratio:.2f} of their operators (median); the tables have {beside} on top"
+
+
+def _provenance(settings: Settings, device: Device, samples: Sequence[Samples], notes: Sequence[str]) -> Provenance:
     timer = "CUDA events around graphs of the kernel" if device.cuda else "the processor's clock around the call"
     noise = median(measure_fit.noise(part) for part in samples)
     return Provenance(
@@ -250,12 +264,12 @@ def _provenance(settings: Settings, device: Device, samples: Sequence[Samples], 
         licence="own measurement",
         date=datetime.now(UTC).date().isoformat(),
         tool=f"phasewise calibrate, torch {device.torch}",
-        engine="the kernels of calibrate.kernels (torch), one layer, random weights and values",
+        engine="the kernels and the decoder of calibrate (torch), a layer or a few, random weights and values",
         method=(
             f"medians of repeats by {timer}, rotating buffers, budget {settings.minutes:g} min; monotone tables "
-            "through the points of a grid; held_out: at points measured within its cells, and mixed steps of another "
-            f"chunk, that no table contains; noise of the middle operator {noise:.1%}; {skipped} points skipped for "
-            "memory"
+            "through the points of a grid; held_out: at points measured within its cells, mixed steps of another chunk "
+            f"and whole steps of other shapes, that no table contains; noise of the middle operator {noise:.1%}; "
+            + "; ".join(notes)
         ),
     )
 

@@ -163,8 +163,10 @@ def _kernels(number: int, data: Mapping[str, Any]) -> Kernels:
             dtypes=data["dtypes"],
             gemm=GemmTable(**data["gemm"]),
             attention=tuple(AttentionTable(**table) for table in attention),
+            gemm8=None if data.get("gemm8") is None else GemmTable(**data["gemm8"]),
             all_reduce={int(count): Table(**table) for count, table in data.get("all_reduce", {}).items()},
             beside_chunks=data.get("beside_chunks", 0.0),
+            predicted=data.get("predicted", False),
             held_out=_held_out(data),
         )
     except ConfigError as error:

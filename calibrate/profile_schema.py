@@ -70,8 +70,10 @@ class _KernelsFile(_Part):
     dtypes: Annotated[tuple[Text, ...], Field(min_length=1)]
     gemm: _GemmFile
     attention: tuple[_AttentionFile, ...]
+    gemm8: _GemmFile | None = None
     all_reduce: dict[int, _TableFile] = {}
     beside_chunks: Seconds = 0.0
+    predicted: bool = False
     held_out: dict[str, _HeldOutFile] = {}
 
 

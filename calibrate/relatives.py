@@ -15,31 +15,40 @@ from sim.cost import Profile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relative:
-    """A GPU type's measured relative, of its generation.
+    """A GPU type's measured relative, with the same sort of memory.
 
     ``bandwidth`` and ``arithmetic``: how much more of its specified rates the type reaches than its relative does of
-    its own (1: as much). ``links``: the profile of a GPU type with the same links, for all-reduces.
+    its own (1: as much).
     """
 
     profile: str
     bandwidth: float = 1.0
     arithmetic: float = 1.0
-    links: str | None = None
 
 
 RELATIVES = {
-    "A100-40G-SXM": Relative(profile="vllm-0.14-a100-80g-sxm", links="vllm-0.14-a100-80g-sxm"),
-    "A100-80G-PCIe": Relative(profile="vllm-0.14-a100-80g-sxm", links="vllm-0.14-l40s"),
-    "RTX-4090": Relative(profile="vllm-0.14-l40s", bandwidth=1.14, arithmetic=1.4, links="vllm-0.14-l40s"),
-    "L4": Relative(profile="vllm-0.14-l40s", links="vllm-0.14-l40s"),
-    "H100-PCIe": Relative(profile="vllm-0.19-h100-sxm", links="vllm-0.19-kernels-rtx-pro-6000"),
+    "A100-40G-SXM": Relative(profile="vllm-0.14-a100-80g-sxm"),
+    "A100-80G-PCIe": Relative(profile="vllm-0.14-a100-80g-sxm"),
+    "H100-PCIe": Relative(profile="vllm-0.19-h100-sxm"),
+    "B200": Relative(profile="vllm-0.19-h200-sxm"),
+    "L4": Relative(profile="vllm-0.14-l40s", arithmetic=0.58),
+    "A40": Relative(profile="vllm-0.14-l40s"),
+    "A10G": Relative(profile="vllm-0.14-l40s"),
+    "A5000": Relative(profile="vllm-0.14-l40s"),
+    "A6000": Relative(profile="vllm-0.14-l40s"),
+    "RTX-4090": Relative(profile="vllm-0.14-l40s", bandwidth=1.14, arithmetic=1.4),
+    "RTX-3090": Relative(profile="vllm-0.14-l40s", bandwidth=1.14, arithmetic=1.25),
+    "RTX-3090-Ti": Relative(profile="vllm-0.14-l40s", bandwidth=1.14, arithmetic=1.25),
 }
 """RTX-4090: the two factors bring Llama-3.1-8B's layers to what LLMServingSim measured on one (an L40S has error
-correction on and is bound by its 350 W). PCIe cards all-reduce like the measured ones of their PCIe generation."""
+correction on and is bound by its 350 W; a GeForce's rate is halved for float32 accumulation, so that it reaches nearly
+all of it); of the other GeForces something like it is assumed. L4: prompts of LLaMA-30B in Helix's tables (72 W do not
+sustain the clock of the data sheet); those of LLaMA-2-70B are then 1 to 4 % off. V100 and T4 are no one's relatives:
+vLLM's attention there is another one."""
 
 
 def kernels_for(target: Gpu) -> Profile | None:
-    """Scaled kernel tables for a GPU type, or None if it has no measured relative."""
+    """Scaled kernel tables for a GPU type, or None if it has no measured relative. Links take their formula."""
     relative = RELATIVES.get(target.name)
     if relative is None:
         return None
@@ -51,5 +60,4 @@ def kernels_for(target: Gpu) -> Profile | None:
         flops={dtype: rate * relative.arithmetic for dtype, rate in target.flops.items()},
     )
     made = scaled(profile, source, able)
-    links = {} if relative.links is None else read_profile(shipped_profiles()[relative.links]).kernels[0].all_reduce
-    return replace(made, kernels=tuple(replace(part, all_reduce=links) for part in made.kernels))
+    return replace(made, kernels=tuple(replace(part, all_reduce={}) for part in made.kernels))

@@ -2,7 +2,8 @@
 
 Every kernel keeps its efficiency: a GEMM is scaled by the ratio of its roofline times (the longer of arithmetic and
 traffic) on the two, decode attention by bandwidth, prompt attention by FLOP/s; of attention, the shortest time of a
-table is a launch, which stays. A prediction, and to be labelled as one; good for GPUs of one generation.
+table is a launch, which stays. Where one of the two runs FlashAttention 3 and the other one 2, prompts gain or lose
+what lies between them. A prediction, and labelled as one; ``experiments.fidelity.crossed`` says how good.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ from dataclasses import replace
 
 from sim.cluster import Gpu
 from sim.cost import AttentionTable, GemmTable, Grid, Kernels, Profile, Table
+from sim.cost.kernels import gemm_floor_s
 
-VALUE_BYTES = 2
-"""The tables are of 16-bit values."""
+FLASH3 = ("H100", "H200", "B200")
+"""GPUs on which vLLM's attention uses the matrix units' asynchronous form: FlashAttention 3, or later."""
+FLASH3_GAIN = 1.3
+"""Share of peak that its prompts reach over FlashAttention 2's (0.75 and 0.57 of H100 and A100 in long ones): fitted on
+the H100's from the L40S's, Llama-3.1-8B."""
+BESIDE_CHUNKS = 0.35
+"""``Kernels.beside_chunks`` of FlashAttention 2: 0.3 to 0.45 in LLMServingSim's tables (16 and more decodes on RTX 4090
+and RTX PRO 6000, 4 and 8 query heads per KV head). FlashAttention 3 puts the query heads of a KV head into one tile:
+0."""
 
 
 def scaled(profile: Profile, source: Gpu, target: Gpu) -> Profile:
@@ -27,20 +36,32 @@ def scaled(profile: Profile, source: Gpu, target: Gpu) -> Profile:
 def _kernels(kernels: Kernels, source: Gpu, target: Gpu) -> Kernels:
     bandwidth = source.bandwidth_bytes_per_s / target.bandwidth_bytes_per_s
     arithmetic = source.flops_for("bfloat16") / target.flops_for("bfloat16")
+    arithmetic *= _flash_gain(source) / _flash_gain(target)
     return replace(
         kernels,
         gpus=(target.name,),
-        gemm=_gemm(kernels.gemm, source, target),
+        gemm=_gemm(kernels.gemm, source, target, "bfloat16"),
+        gemm8=None if kernels.gemm8 is None else _gemm(kernels.gemm8, source, target, "float8"),
         attention=tuple(_attention(table, bandwidth, arithmetic) for table in kernels.attention),
+        beside_chunks=BESIDE_CHUNKS if _flash_gain(target) == 1 else 0.0,
+        predicted=True,
         held_out={},
     )
 
 
-def _gemm(table: GemmTable, source: Gpu, target: Gpu) -> GemmTable:
+def _flash_gain(gpu: Gpu) -> float:
+    return FLASH3_GAIN if gpu.name.startswith(FLASH3) else 1.0
+
+
+def _gemm(table: GemmTable, source: Gpu, target: Gpu, dtype: str) -> GemmTable:
+    def least_s(n: int, k: int, tokens: int, gpu: Gpu) -> float:
+        weight_bytes = n * k * (1 if dtype == "float8" else 2)
+        return gemm_floor_s(n, k, tokens, weight_bytes, gpu.flops_for(dtype), gpu.bandwidth_bytes_per_s)
+
     seconds = tuple(
         tuple(
             tuple(
-                value * _roofline_s(tokens, n, k, target) / _roofline_s(tokens, n, k, source)
+                value * least_s(n, k, tokens, target) / least_s(n, k, tokens, source)
                 for tokens, value in zip(table.tokens, row, strict=True)
             )
             for k, row in zip(table.k, plane, strict=True)
@@ -48,11 +69,6 @@ def _gemm(table: GemmTable, source: Gpu, target: Gpu) -> GemmTable:
         for n, plane in zip(table.n, table.seconds, strict=True)
     )
     return replace(table, seconds=seconds)
-
-
-def _roofline_s(tokens: int, n: int, k: int, gpu: Gpu) -> float:
-    traffic_bytes = VALUE_BYTES * (n * k + tokens * (n + k))
-    return max(2 * tokens * n * k / gpu.flops_for("bfloat16"), traffic_bytes / gpu.bandwidth_bytes_per_s)
 
 
 def _attention(table: AttentionTable, bandwidth: float, arithmetic: float) -> AttentionTable:

@@ -123,6 +123,7 @@ def profiles(
 
 def _profile_rows() -> Iterator[dict[str, Any]]:
     from calibrate.profile_file import read_profile, shipped_profiles
+    from calibrate.relatives import RELATIVES
     from sim.cluster import gpus as catalogue
 
     known: set[str] = set()
@@ -138,7 +139,14 @@ def _profile_rows() -> Iterator[dict[str, Any]]:
                 "source": profile.provenance.source, "engine": profile.provenance.engine,
             }  # fmt: skip
     for gpu in catalogue():
-        if gpu.name not in known:
+        relative = RELATIVES.get(gpu.name)
+        if relative is not None:
+            yield {
+                "profile": relative.profile, "gpus": [gpu.name], "model": None, "tp": None,
+                "dtypes": ["bfloat16", "float16"], "held_out": {}, "engine": None,
+                "source": "scaled from that profile's GPU by specification; not measured",
+            }  # fmt: skip
+        elif gpu.name not in known:
             yield {
                 "profile": "roofline", "gpus": [gpu.name], "model": None, "tp": None, "dtypes": sorted(gpu.flops),
                 "held_out": {}, "source": "data sheet and typical efficiencies; not measured", "engine": None,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from calibrate.profile_file import read_profile, shipped_profiles
+from calibrate.relatives import RELATIVES
 from sim.cluster import gpus
 from sim.cost import Kernels, Profile
 
@@ -25,8 +26,13 @@ A scenario takes them by GPU type, model, tensor-parallel degree and dtype, and 
 2. else a model put together from kernel tables of that GPU type ("any model" below);
 3. else, if its profile is named in `latency`, whole steps in a closed form (the DistServe profiles: for OPT on an
    A100 the kernel tables come first, so name `latency: distserve-a100` to get DistServe's own engine);
-4. else the roofline, at typical efficiencies. A result says which GPU types it was used for, and which share of the
-   steps lay outside the measured range.
+4. else, where `latency` is null, kernel tables of a related GPU type, scaled by both data sheets (listed at the end; a
+   prediction: docs/fidelity.md says how good);
+5. else the roofline, at typical efficiencies. A result says which GPU types 4 and 5 were used for, and which share of
+   the steps lay outside the measured range.
+
+Kernel tables serve 16-bit models and those in 8-bit floats (`dtype: float8`; with GEMMs that were measured so on
+H100, H200 and RTX PRO 6000, that follow from the 16-bit ones elsewhere), with a cache of 16 or 8 bits.
 
 ```yaml
 latency: null                                    # all of these; or one by name, or a file:
@@ -42,13 +48,17 @@ measurements to test it on.
 WITHOUT = """\
 ## GPU types without a profile
 
-Nobody's public kernel or layer times are at hand for these; the roofline, from the data sheet and typical
-efficiencies, is the honest answer:
+Nobody's public kernel times are at hand for these. Scaled from a related one's by `calibrate/relatives.py`, for models
+that no profile above has on them:
+"""
+NEITHER = """\
+The roofline, from the data sheet and typical efficiencies, for any model:
 """
 LINKS = """\
 
-Public send/receive times of A100, H100, A40 and V100 machines are not part of a profile: links are priced from
-bandwidth and latency, which a scenario states. All-reduces come with the kernel tables.
+All-reduces come with the kernel tables. Without one they are priced from the catalogue's NVLink or PCIe and what NCCL
+and vLLM reach of it, or from what a scenario states; public all-reduce and send/receive times judge that ("Links" in
+docs/fidelity.md).
 """
 
 
@@ -57,8 +67,9 @@ def page() -> str:
     profiles = {name: read_profile(path) for name, path in shipped_profiles().items()}
     known = {gpu for profile in profiles.values() for part in profile.parts for gpu in part.gpus}
     sections = [text for name, profile in profiles.items() for text in _section(name, profile)]
-    others = ", ".join(gpu.name for gpu in gpus() if gpu.name not in known)
-    return "\n".join([INTRODUCTION, *sections, f"{WITHOUT}{others}.", LINKS])
+    scaled = ", ".join(f"{name} (from {relative.profile})" for name, relative in RELATIVES.items())
+    others = ", ".join(gpu.name for gpu in gpus() if gpu.name not in {*known, *RELATIVES})
+    return "\n".join([INTRODUCTION, *sections, f"{WITHOUT}{scaled}.\n", f"{NEITHER}{others}.", LINKS])
 
 
 def _section(name: str, profile: Profile) -> Iterator[str]:

@@ -151,8 +151,13 @@ def notes(summary: Summary) -> list[str]:
     if summary["workload"]["skipped"]:
         said.append(f"{summary['workload']['skipped']:,} requests of the trace have no tokens and were left out")
     if summary["unmeasured_gpus"]:
-        names = ", ".join(summary["unmeasured_gpus"])
-        said.append(f"step times of {names} are a roofline estimate: no profile for this model, TP and dtype")
+        predicted = summary.get("predicted_gpus", [])  # results saved before there were any lack it
+        known = ", ".join(predicted)
+        if predicted:
+            said.append(f"step times of {known} are predicted: kernels of a related GPU, scaled by specification")
+        names = ", ".join(name for name in summary["unmeasured_gpus"] if name not in predicted)
+        if names:
+            said.append(f"step times of {names} are a roofline estimate: no profile for this model, TP and dtype")
     if summary["extrapolated_share"]:
         said.append(f"{summary['extrapolated_share']:.1%} of the iterations lie outside the measured range")
     return said

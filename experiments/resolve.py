@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,11 +23,12 @@ import numpy as np
 from pydantic import ValidationError, validate_call
 
 from calibrate.profile_file import read_profile, shipped_profiles
+from calibrate.relatives import kernels_for
 from experiments.complaints import first_fault
 from experiments.planfile import read_plan
 from experiments.requests import RequestStream
 from experiments.scenario import EventSpec, OverheadSpec, Scenario, SloSpec, SystemSpec
-from sim.cluster import Cluster, did_you_mean, gpu, gpus
+from sim.cluster import Cluster, Gpu, did_you_mean, gpu, gpus
 from sim.cost import Fitted, Overhead, Profile, Roofline, StepCost
 from sim.engine import simulate
 from sim.metrics import summarise
@@ -39,6 +40,8 @@ from sim.systems import SYSTEMS
 from sim.types import ClusterEvent, ConfigError, Plan, Slo
 from traces import read_events
 
+ENGINE = "vllm-"
+"""Begins the names of the profiles that count first where a scenario names none."""
 SAMPLED_REQUESTS = 2000
 """How many of the first requests planners and predictors may know the lengths of."""
 ASSUMED_ANSWER_S = 10.0
@@ -93,10 +96,21 @@ class Setup:
             **figures,
             "model": self.problem.model.name,
             "gpus": dict(Counter(self.problem.cluster.gpu(gpu_id).name for gpu_id in self.problem.cluster.gpu_ids)),
+            "predicted_gpus": self._predicted(figures["unmeasured_gpus"]),
             "workload": workload,
             "predictor": self.predictor.name,
             "seed": self.problem.seed,
         }
+
+    def _predicted(self, unmeasured: Sequence[str]) -> list[str]:
+        """Which of these GPU types took kernels scaled from a relative's; the others took the roofline."""
+        cost, spec = self.problem.cost, self.problem.model
+        tables = [part for profile in getattr(cost, "profiles", ()) for part in profile.kernels if part.predicted]
+        return [
+            name
+            for name in unmeasured
+            if any(name in part.gpus and part.serves(spec) and part.entry(spec, 1, gpu(name)) for part in tables)
+        ]
 
     def _rate_per_s(self, result: Result) -> float:
         """What the workload says, or what came of it where requests wait for answers."""
@@ -121,7 +135,13 @@ def resolve(scenario: Scenario) -> Setup:
         problem = Problem(
             cluster=cluster,
             model=the_model,
-            cost=build_cost(scenario.latency, scenario.overhead, scenario.accept_error, system.limits.async_scheduling),
+            cost=build_cost(
+                scenario.latency,
+                scenario.overhead,
+                scenario.accept_error,
+                system.limits.async_scheduling,
+                {node.gpu.name: node.gpu for node in cluster.nodes}.values(),
+            ),
             workload=workload,
             slo=build_slo(scenario.slo),
             limits=system.limits,
@@ -208,9 +228,11 @@ def build_cost(
     overhead: OverheadSpec | None = None,
     accept_error: float = inf,
     overlapped: bool = False,
+    kinds: Iterable[Gpu] = (),
 ) -> StepCost:
     """Step times: all shipped profiles, one named, one per GPU type, or the roofline alone.
 
+    ``kinds``: GPU types for which, with all profiles, kernels of a measured relative stand in where they have none.
     ``overlapped``: the engine decides ahead, so that its overhead hides behind the kernels.
 
     ``ConfigError`` if a profile that is named states a mean held-out error of an operator above ``accept_error``.
@@ -220,7 +242,7 @@ def build_cost(
     engine = None
     if overhead is not None:
         engine = Overhead(**overhead.model_dump(), overlapped=overlapped)
-    profiles = tuple(_profiles(latency))
+    profiles = tuple(_profiles(latency, kinds))
     for profile in profiles if latency is not None else ():
         _check_error(profile, accept_error)
     return Fitted(profiles=profiles, overhead=engine)
@@ -236,9 +258,9 @@ def _check_error(profile: Profile, accept_error: float) -> None:
                 )
 
 
-def _profiles(latency: str | Mapping[str, str] | None) -> list[Profile]:
+def _profiles(latency: str | Mapping[str, str] | None, kinds: Iterable[Gpu]) -> list[Profile]:
     if latency is None:
-        return [read_profile(path) for path in shipped_profiles().values()]
+        return [*_of_one_engine(), *filter(None, map(kernels_for, kinds))]
     if latency == "roofline":
         return []
     if isinstance(latency, str):
@@ -250,6 +272,18 @@ def _profiles(latency: str | Mapping[str, str] | None) -> list[Profile]:
         if name != "roofline":
             profiles.append(_only_on(gpu(kind).name, name, _profile(f"latency.{kind}", name)))
     return profiles
+
+
+def _of_one_engine() -> list[Profile]:
+    """vLLM's shipped profiles, and of other engines' what is about GPU types that those have nothing of.
+
+    A cluster's GPUs are then compared under one engine, not one of them under a kernel of 2023.
+    """
+    shipped = {name: read_profile(path) for name, path in shipped_profiles().items()}
+    ours = [profile for name, profile in shipped.items() if name.startswith(ENGINE)]
+    covered = {kind for profile in ours for part in profile.parts for kind in part.gpus}
+    others = (profile for name, profile in shipped.items() if not name.startswith(ENGINE))
+    return [*ours, *(_filtered(profile, lambda gpus: not covered & set(gpus)) for profile in others)]
 
 
 def _profile(place: str, name: str) -> Profile:
@@ -266,11 +300,22 @@ def _only_on(kind: str, name: str, profile: Profile) -> Profile:
     if not any(kind in part.gpus for part in profile.parts):
         has = sorted({gpu for part in profile.parts for gpu in part.gpus})
         raise ConfigError(f"latency.{kind}: the profile {name} has no entry for it; it has {', '.join(has)}")
+    here = _filtered(profile, lambda kinds: kind in kinds)
+    return replace(
+        here,
+        entries=tuple(replace(entry, gpus=(kind,)) for entry in here.entries),
+        kernels=tuple(replace(tables, gpus=(kind,)) for tables in here.kernels),
+        polynomials=tuple(replace(form, gpus=(kind,)) for form in here.polynomials),
+    )
+
+
+def _filtered(profile: Profile, keeps: Callable[[tuple[str, ...]], bool]) -> Profile:
+    """Its parts about GPU types that are wanted."""
     return replace(
         profile,
-        entries=tuple(replace(entry, gpus=(kind,)) for entry in profile.entries if kind in entry.gpus),
-        kernels=tuple(replace(tables, gpus=(kind,)) for tables in profile.kernels if kind in tables.gpus),
-        polynomials=tuple(replace(form, gpus=(kind,)) for form in profile.polynomials if kind in form.gpus),
+        entries=tuple(entry for entry in profile.entries if keeps(entry.gpus)),
+        kernels=tuple(tables for tables in profile.kernels if keeps(tables.gpus)),
+        polynomials=tuple(form for form in profile.polynomials if keeps(form.gpus)),
     )
 
 

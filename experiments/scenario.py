@@ -56,7 +56,9 @@ class NodeSpec(Part):
 
 
 class LinkSpec(Part):
-    """A connection. gbps = 1e9 bits/s, each way."""
+    """A connection. gbps = 1e9 bits/s, each way, as transfers achieve them: RoCE and InfiniBand reached 0.7 to 0.8 of a
+    port's nominal rate, and rings of more than two PCIe cards differ sevenfold between machines.
+    """
 
     gbps: NonNegative = Field(description="bandwidth each way; 0: no connection", examples=[200])
     latency_us: NonNegative = Field(default=0.0, description="one-way latency", examples=[10])
@@ -244,7 +246,9 @@ class Scenario(Part):
     )
     latency: str | dict[str, str] | None = Field(
         default=None,
-        description="roofline, a profile's name or path, or one of these per GPU type; null: shipped profiles",
+        description=(
+            "roofline, a profile's name or path, or one of these per GPU type; null: shipped ones, else a relative's"
+        ),
         examples=["roofline"],
     )
     accept_error: Positive = Field(

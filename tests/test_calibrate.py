@@ -38,23 +38,32 @@ def decode_s(sequences: int, context: int) -> float:
     return 2e-5 + 1e-9 * sequences * context
 
 
-def laws(scale: float = 1.0) -> Law:
+def sum_s(layers: int, tokens: int, sequences: int, context: int) -> float:
+    """All operators of ``laws`` that a step runs; of few decodes beside a chunk, what they take alone."""
+    rows, logits = tokens + sequences, sequences + (tokens > 0)
+    attention_s = decode_s(sequences, context) * (1.5 if tokens and sequences >= 8 else 1.0)
+    attention_s += chunk_s(tokens, 0) if tokens else 0.0
+    layer_s = 4e-5 * (1 + rows / 100) + 1.8e-5 * (1 + rows / 10) + attention_s
+    return layers * layer_s + 6e-6 * (1 + rows / 10) + 1.1e-4 * (1 + logits / 10)
+
+
+def laws(scale: float = 1.0, **changes: object) -> Law:
     """Every operator's own: GEMMs and small kernels in tokens, attention in pairs; decodes half as dear again mixed."""
     small = {"norm": 1e-6, "residual": 2e-6, "rope": 3e-6, "activation": 4e-6, "kv_scatter": 5e-6, "embedding": 6e-6}
     by_name = {name: (lambda tokens, base=base: base * (1 + tokens / 10)) for name, base in small.items()}
     by_name |= {f"gemm.{name}": (lambda tokens: scale * 1e-5 * (1 + tokens / 100)) for name in GEMMS}
     heads = {"head": 1e-4, "sampler": 1e-5, "step_io": 2e-5}
     by_name |= {name: (lambda sequences, base=base: base * (1 + sequences / 10)) for name, base in heads.items()}
-    return Law(
-        0.02,
-        attention_prefill=chunk_s,
-        attention_decode=decode_s,
-        attention_decode_skewed=lambda sequences, context: 1.25 * decode_s(sequences, context),
-        attention_mixed=lambda tokens, sequences, context: chunk_s(tokens, 0) + 1.5 * decode_s(sequences, context),
-        launch_eager=lambda launches: 1e-6 * launches,
-        default=lambda **point: 1e-6 + 1e-9 * next(iter(point.values())),
-        **by_name,
-    )
+    by_name |= {
+        "attention_prefill": chunk_s,
+        "attention_decode": decode_s,
+        "attention_decode_skewed": lambda sequences, context: 1.25 * decode_s(sequences, context),
+        "attention_mixed": lambda tokens, sequences, context: chunk_s(tokens, 0) + 1.5 * decode_s(sequences, context),
+        "step": sum_s,
+        "launch_eager": lambda launches: 1e-6 * launches,
+        "default": lambda **point: 1e-6 + 1e-9 * next(iter(point.values())),
+    }
+    return Law(0.01, **{**by_name, **changes})
 
 
 @pytest.fixture
@@ -89,9 +98,10 @@ def test_known_laws_come_back_from_the_fit(tiny: Path, tmp_path: Path) -> None:
     assert entry.linear.seconds[at] == pytest.approx(2 * layer_s + 6e-6 * 2.6, rel=1e-3)
     assert entry.head is not None
     assert entry.head.seconds[0] == pytest.approx(1.3e-4 * 1.1, rel=1e-3)
-    for grid, factor in ((entry.attention_decode, 1.0), (entry.attention_mixed, 1.5)):
+    for grid, beside in ((entry.attention_decode, 1.0), (entry.attention_mixed, 1.5)):
         assert grid is not None
         for count, row in zip(grid.counts, grid.seconds, strict=True):
+            factor = beside if count >= 8 else 1.0
             assert row == pytest.approx([factor * decode_s(count, context) for context in grid.contexts], rel=2e-3)
     assert entry.held_out["linear"].mape < 1e-3
     assert entry.held_out["attention_decode"].mape < 1e-3
@@ -107,7 +117,7 @@ def test_what_does_not_fit_into_memory_is_bridged_and_named(tiny: Path, tmp_path
     law = laws()
 
     def cramped(part: Part, point: Point) -> Measurement:
-        if point.get("sequences", 0) * point.get("context", 0) > 2000:
+        if point.get("layers", 1) > 1 or point.get("sequences", 0) * point.get("context", 0) > 2000:
             return Measurement((), 0.0, "needs 9 GiB, 1 GiB are free")
         return law(part, point)
 
@@ -118,6 +128,7 @@ def test_what_does_not_fit_into_memory_is_bridged_and_named(tiny: Path, tmp_path
     assert longest[-1] == pytest.approx(decode_s(8, 256), rel=2e-3)
     assert entry.attention_mixed is None
     assert any("needs 9 GiB" in reason for reason in outcome.skipped)
+    assert "operators alone (too few whole steps fit into memory)" in outcome.profile.provenance.method
     with pytest.raises(ConfigError, match="no point of attention_decode fits"):
         measure_model(
             settings(tiny),
@@ -255,14 +266,16 @@ OPT = {
 @pytest.mark.parametrize("tp", [1, 4])
 def test_every_operator_runs_at_the_ends_of_its_axes(config: dict[str, object], tp: int, one_thread: object) -> None:
     torch = pytest.importorskip("torch")
-    from calibrate.bench import attention, cache, layer
+    from calibrate.bench import attention, cache, layer, step
     from calibrate.bench.device import Target
     from calibrate.bench.timer import measurer
 
     here = Target(torch.device("cpu"), cache_bytes=2**16)
     shard = Shard(spec=ModelSpec.from_config(config, name="small"), tp=tp)
     measure, operators = measurer(here, 0.0), set()
-    for kind in (layer.linear_family, layer.head_family, attention.attention_families, cache.kv_family):
+    steps = (step.step_family,) if step.refused(shard) is None else ()
+    assert bool(steps) == (config is not OPT)
+    for kind in (layer.linear_family, layer.head_family, attention.attention_families, cache.kv_family, *steps):
         found = kind(shard, here, SMALL)
         for one in found if isinstance(found, list) else [found]:
             grid = one.held if one.name == "attention_decode_skewed" else one.axes
@@ -370,7 +383,9 @@ def test_the_command_calibrates_a_two_layer_model_within_two_minutes(tiny: Path,
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start_s < 120
     assert done.stdout.splitlines()[-1] == f"wrote {out}"
-    assert {part.operator for part in read_samples(out)} >= {"gemm.qkv", "attention_mixed", "kv_gather", "launch_eager"}
+    assert {part.operator for part in read_samples(out)} >= {
+        "gemm.qkv", "attention_mixed", "kv_gather", "launch_eager", "step"
+    }  # fmt: skip
     assert not journal_path(out).exists()
 
 

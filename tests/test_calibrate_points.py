@@ -110,6 +110,29 @@ def test_the_budget_ends_a_run_and_families_share_it(journal: Journal) -> None:
     assert abs(counts[0] - counts[1]) <= 3
 
 
+def test_time_that_is_left_goes_to_what_noise_may_have_hidden(tmp_path: Path) -> None:
+    """First a curve beyond its noise, then second looks at what is noisy, then curves within it; and again the same."""
+    asked: list[str] = []
+
+    def measure(part: Part, point: Point) -> Measurement:
+        asked.append(part.operator)
+        law_s = 1e-5 * point["tokens"] if part.operator == "straight" else kinked(point["tokens"])
+        spread = (1.0,) * 3 if part.operator == "calm" else (0.1, 1.0, 9.1)
+        return Measurement(tuple(law_s * factor for factor in spread), 1.0)
+
+    families = [family(name, tokens=(1, 8, 64, 512)) for name in ("straight", "bent", "calm")]
+    path = tmp_path / "journal"
+    whole = run(families, measure, Journal(path, SETTINGS), budget_s=100)
+    second_at = asked.index("straight", 4)
+    assert set(asked[12:second_at]) == {"calm"}
+    assert asked[second_at : second_at + 8] == ["straight"] * 4 + ["bent"] * 4
+    assert asked.count("straight") == 8
+    assert len(whole.axes["bent 1 float32"]["tokens"]) > 4
+    asked.clear()
+    assert run(families, measure, Journal(path, SETTINGS), budget_s=100) == whole
+    assert not asked
+
+
 def test_of_two_looks_the_quicker_one_counts(journal: Journal) -> None:
     law = Law(gemm=lambda tokens: 1e-3 * tokens)
     first = True
@@ -168,6 +191,16 @@ def test_refinement_ends_when_intervals_are_narrow() -> None:
     axis = [1, 2, 3]
     assert refinement(axis, np.ones((3, 1)), np.zeros((3, 1))) is None
     assert middle(0, 100) == 9
+
+
+def test_a_jump_between_neighbours_gets_no_more_points() -> None:
+    jump = np.array([[1.0], [2.0], [2.0 + 4 * 127 / 1023], [6.0]])
+    found = refinement([0, 1, 128, 1024], jump, np.zeros((4, 1)))
+    assert found is not None
+    assert found.error == pytest.approx(0, abs=1e-9)
+    bent = refinement([0, 2, 128, 1024], jump, np.zeros((4, 1)))
+    assert bent is not None
+    assert bent.error > 0.1
 
 
 def test_noise_is_no_curve() -> None:

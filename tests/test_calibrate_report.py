@@ -204,10 +204,13 @@ def test_the_page_is_current() -> None:
 
 
 def test_every_gpu_type_is_on_the_page_once() -> None:
-    """The last section names the GPU types that take the roofline."""
+    """The last section names the GPU types that take kernels of a relative, then those that take the roofline."""
     named, without = page().split("## GPU types without a profile")
     assert "| L4 | llama-2-70b | 2 |" in named
-    assert "A40," in without
+    relatives, roofline = without.split("The roofline")
+    assert "A40 (from vllm-0.14-l40s)" in relatives
+    assert "A40" not in roofline
+    assert "V100-32G" in roofline
     assert "L40S" not in without
 
 

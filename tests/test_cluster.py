@@ -145,7 +145,7 @@ def test_a_group_spreads_evenly_over_ports() -> None:
         **{f"gpu:n0.g{index}:out": 0.25 for index in range(4)},
         **{f"gpu:n0.g{index}:in": 0.25 for index in range(4, 8)},
     }
-    assert path.bytes_per_s(cluster.capacity_bytes_per_s) == 4 * 300e9
+    assert path.bytes_per_s(cluster.capacity_bytes_per_s) == 4 * 0.8 * 300e9
 
 
 def test_uneven_groups_send_where_parts_overlap() -> None:
@@ -231,14 +231,14 @@ def test_a_node_can_have_its_own_port() -> None:
 def test_weights_load_over_all_pcie_ports_at_once() -> None:
     cluster = Cluster.of(TWO_REGIONS, LINKS)
     path = cluster.load_path(group("n0", 0, 1, 2, 3))
-    assert path.bytes_per_s(cluster.capacity_bytes_per_s) == 4 * 32e9
+    assert path.bytes_per_s(cluster.capacity_bytes_per_s) == 4 * 0.8 * 32e9
 
 
 def test_the_link_of_a_tensor_parallel_group_is_its_slowest() -> None:
     cluster = Cluster.of(TWO_REGIONS, LINKS)
     assert cluster.collective_link(("n0.g0",)).bytes_per_s == math.inf
-    assert cluster.collective_link(group("n0", 0, 1)).bytes_per_s == 300e9
-    assert cluster.collective_link(group("n2", 0, 1)).bytes_per_s == 32e9
+    assert cluster.collective_link(group("n0", 0, 1)) == Link(bytes_per_s=240e9, latency_s=8e-6, medium="nvlink")
+    assert cluster.collective_link(group("n2", 0, 1)) == Link(bytes_per_s=0.8 * 32e9, latency_s=5e-6, medium="pcie")
     across = cluster.collective_link((*group("n0", 0, 1, 2, 3), *group("n1", 0, 1, 2, 3)))
     assert across == Link(bytes_per_s=25e9, latency_s=10e-6)
     far = cluster.collective_link((*group("n0", 0, 1), *group("n2", 0, 1)))

@@ -71,7 +71,6 @@ PERFECT = Roofline(
     memory_efficiency=1.0,
     attention_compute_efficiency=1.0,
     attention_memory_efficiency=1.0,
-    collective_efficiency=1.0,
     overhead_s=1e-3,
 )
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from calibrate.profile_file import profile_text, read_profile, shipped_profiles
 from calibrate.relatives import RELATIVES, kernels_for
+from calibrate.scaling import scaled
 from experiments.resolve import build_cost
 from experiments.scenario import OverheadSpec
 from sim.cluster import Cluster, gpu
@@ -26,8 +27,10 @@ from sim.cost import (
     StageCost,
     Table,
     advanced,
+    collective_seconds,
     seconds,
 )
+from sim.cost.kernels import SMALL_KERNEL_S, SMALL_KERNELS
 from sim.cost.step import Composed
 from sim.model import ModelSpec, model
 from sim.types import ConfigError, Stage, Work
@@ -204,6 +207,61 @@ def test_latent_attention_has_no_kernels() -> None:
     assert hand_made().entry(spec, 1, gpu("A100-80G-SXM")) is None
 
 
+def test_heads_without_a_table_come_from_fewer_with_more_sequences() -> None:
+    """16 heads of 8 KV heads: a decode costs what two did of the table's 8 of 4, prompts what 16 heads do."""
+    lengths, contexts = (16, 1024), (1, 4096)
+    shapes = {(8, 4): 1e-6, (16, 4): 3e-6}
+    tables = []
+    for (heads, kv_heads), unit_s in shapes.items():
+        prefill = Table(counts=lengths, seconds=(unit_s, 9 * unit_s))
+        rows = tuple((count * unit_s, 2 * count * unit_s) for count in (1, 2, 4))
+        decode = Grid(counts=(1, 2, 4), contexts=contexts, seconds=rows)
+        tables.append(AttentionTable(heads=heads, kv_heads=kv_heads, head_dim=128, prefill=prefill, decode=decode))
+    spec = replace(LLAMA, num_attention_heads=16, num_key_value_heads=8)
+    fast = replace(gpu("A100-80G-SXM"), bandwidth_bytes_per_s=1e18)
+    entry = hand_made(attention=tuple(tables)).entry(spec, 1, fast)
+    assert entry is not None
+    assert entry.attention_decode is not None
+    assert sum(entry.attention_decode.seconds, ()) == pytest.approx((2e-6, 4e-6, 4e-6, 8e-6, 8e-6, 16e-6))
+    assert entry.attention_prefill is not None
+    assert entry.attention_prefill.seconds[0][0] == pytest.approx(3e-6)
+    wider = hand_made(attention=tuple(tables)).entry(
+        replace(spec, num_attention_heads=64, num_key_value_heads=32), 1, fast
+    )
+    assert wider is not None
+    assert wider.attention_prefill is not None
+    assert wider.attention_prefill.seconds[0][0] == pytest.approx(4 * 3e-6)
+
+
+def test_eight_bits_halve_weights_and_cache() -> None:
+    """By the scaled 16-bit table: bound by weights, half of its time over ``NARROW_EFFICIENCY``; a cache likewise."""
+    spec = replace(LLAMA, dtype="float8")
+    wide, narrow = (hand_made().entry(each, 1, gpu("A100-80G-SXM")) for each in (LLAMA, spec))
+    assert wide is not None
+    assert narrow is not None
+    small_s = SMALL_KERNELS * SMALL_KERNEL_S
+    assert (narrow.linear.seconds[0] - small_s) / (wide.linear.seconds[0] - small_s) == pytest.approx(
+        0.5 / 0.8, rel=0.05
+    )
+    cached = hand_made().entry(replace(LLAMA, kv_dtype="float8"), 1, gpu("A100-80G-SXM"))
+    assert cached is not None
+    assert cached.attention_decode is not None
+    assert cached.attention_decode.seconds[-1][-1] == pytest.approx(10e-6 + 64 * 4096 * 2048 / (0.8 * 2039e9))
+
+
+@pytest.mark.parametrize("name", ["vllm-0.19-h100-sxm", "vllm-0.14-l40s"])
+def test_eight_bits_are_faster_than_sixteen_and_no_more_than_twice(name: str) -> None:
+    profile = read_profile(shipped_profiles()[name])
+    kind = profile.kernels[0].gpus[0]
+    assert (profile.kernels[0].gemm8 is not None) == (kind == "H100-SXM")
+    cluster = Cluster.of(nodes=[{"gpu": kind, "count": 1}])
+    stage = Stage(name="s", gpus=cluster.gpu_ids, first_layer=0, end_layer=32)
+    both = [replace(LLAMA, dtype=dtype) for dtype in ("bfloat16", "float8")]
+    wide, narrow = (Fitted(profiles=[profile], overhead=Overhead()).bind(spec, stage, cluster) for spec in both)
+    for work in (Work((), 1, 100), Work((), 64, 64_000), Work(((8192, 0),), 0, 0)):
+        assert 0.5 < seconds(narrow, work) / seconds(wide, work) < 1
+
+
 # ---------------------------------------------------------------- relatives
 
 
@@ -213,7 +271,54 @@ def test_a_relative_prices_models_on_its_gpu_and_says_that_it_predicts(name: str
     assert profile is not None
     assert profile.kernels[0].gpus == (name,)
     assert "predicted" in profile.provenance.method
-    assert set(profile.kernels[0].all_reduce) >= {2}
+    assert not profile.kernels[0].all_reduce
+
+
+def test_a_relative_is_the_default_of_its_gpu_and_no_measurement() -> None:
+    cluster = Cluster.of(nodes=[{"gpu": "A40", "count": 1}])
+    stage = Stage(name="s", gpus=cluster.gpu_ids, first_layer=0, end_layer=32)
+    cost = build_cost(None, kinds=[gpu("A40")])
+    assert isinstance(cost, Fitted)
+    entry = cost.entry(LLAMA, stage, cluster)
+    assert entry is not None
+    assert entry.predicted
+    assert not cost.bind(LLAMA, stage, cluster).measured
+    named = build_cost("vllm-0.14-l40s", kinds=[gpu("A40")])
+    assert isinstance(named, Fitted)
+    assert named.entry(LLAMA, stage, cluster) is None
+
+
+def test_shards_without_an_all_reduce_table_gather_logits_over_their_link() -> None:
+    """64 rows of 128,256 logits of 2 bytes from two A40; one GPU gathers nothing."""
+    profile = kernels_for(gpu("A40"))
+    assert profile is not None
+    beyond_s = {}
+    for tp in (1, 2):
+        cluster = Cluster.of(nodes=[{"gpu": "A40", "count": tp}])
+        stage = Stage(name="s", gpus=cluster.gpu_ids, first_layer=0, end_layer=32)
+        cost = Fitted(profiles=[profile], overhead=Overhead()).bind(LLAMA, stage, cluster)
+        entry = profile.kernels[0].entry(LLAMA, tp, gpu("A40"))
+        assert isinstance(cost, Composed)
+        assert entry is not None
+        assert entry.head is not None
+        shard_s = dict(zip(entry.head.counts, entry.head.seconds, strict=True))[64]
+        beyond_s[tp] = cost.operators.head(64)[0] * 1e-12 - shard_s
+    link = cluster.collective_link(cluster.gpu_ids)
+    assert beyond_s[1] == pytest.approx(0, abs=1e-11)
+    assert beyond_s[2] == pytest.approx(collective_seconds("all_gather", 64 * 128_256 * 2, link, 2), rel=1e-6)
+
+
+def test_flash_attention_3_is_a_generation_of_its_own() -> None:
+    """Prompts from an A100 to an H100: by their rates, and 1.3 times as fast again; decodes beside chunks pack."""
+    names = ("A100-80G-SXM", "H100-SXM", "A40")
+    source, hopper, ampere = map(gpu, names)
+    profile = read_profile(shipped_profiles()["vllm-0.14-a100-80g-sxm"])
+    table = profile.kernels[0].attention[0].prefill.seconds
+    for target, gain, beside in ((hopper, 1.3, 0.0), (ampere, 1.0, 0.35)):
+        made = scaled(profile, source, target).kernels[0]
+        rate = source.flops_for("bfloat16") / target.flops_for("bfloat16") / gain
+        assert made.attention[0].prefill.seconds[-1] == pytest.approx(table[0] + (table[-1] - table[0]) * rate)
+        assert made.beside_chunks == beside
 
 
 def test_measured_gpus_have_no_relative() -> None:

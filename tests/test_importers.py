@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calibrate.importers.aiconfigurator import faster, gemm_table, import_aiconfigurator
+from calibrate.importers.aiconfigurator import all_reduce_tables, faster, gemm_table, import_aiconfigurator
 from calibrate.importers.helix import fit_layer, import_helix, read_layer
 from calibrate.importers.llmservingsim import import_llmservingsim, read_attention
 from calibrate.profile_file import profile_text, read_profile, shipped_profiles, write_profile
@@ -220,7 +220,7 @@ def test_scaling_keeps_efficiency() -> None:
 
 def test_scaled_attention_follows_flops_in_prompts_and_bandwidth_in_decodes() -> None:
     source = gpu("H100-SXM")
-    target = replace(source, name="t", bandwidth_bytes_per_s=source.bandwidth_bytes_per_s / 5)
+    target = replace(source, name="H100-t", bandwidth_bytes_per_s=source.bandwidth_bytes_per_s / 5)
     target = replace(target, flops={**source.flops, "bfloat16": source.flops["bfloat16"] / 3})
     prefill = Table(counts=(16, 32), seconds=(1e-5, 2e-5), per="layer")
     decode = Grid(counts=(1, 2), contexts=(1, 64), seconds=((1e-6, 2e-6), (2e-6, 4e-6)), per="layer")
@@ -319,6 +319,15 @@ def test_the_faster_all_reduce_counts() -> None:
     nccl = Table(counts=(16, 256), seconds=(2e-6, 4e-6))
     found = faster({2: ours}, {2: nccl, 4: nccl})
     assert found == {2: replace(ours, seconds=(1e-6, 2.4e-6, 10e-6)), 4: nccl}
+
+
+def test_all_reduces_are_by_bytes_of_16_bit_values() -> None:
+    """The file counts values. 256 of them take 9 ms in it, 512 take 2: they can be padded."""
+    rows = pd.DataFrame(
+        [(2, size, s) for size, s in ((128, 1e-3), (256, 9e-3), (512, 2e-3))], columns=["num_gpus", "message_size", "s"]
+    )
+    found = all_reduce_tables(rows.assign(kernel_source="vLLM_custom_graph"))
+    assert found == {2: Table(counts=(256, 512, 1024), seconds=(1e-3, 2e-3, 2e-3))}
 
 
 def test_outliers_are_lowered_to_larger_shapes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from experiments.report import notes
 from experiments.resolve import build_cost, resolve, run
 from experiments.scenario import OverheadSpec, Scenario
 from sim import Cluster, ConfigError
@@ -293,6 +294,21 @@ def test_kernel_tables_can_be_chosen_by_gpu_type() -> None:
     cost = build_cost({"L40S": "vllm-0.14-l40s"})
     assert isinstance(cost, Fitted)
     assert [tables.gpus for profile in cost.profiles for tables in profile.kernels] == [("L40S",)]
+
+
+def test_kernels_of_a_relative_are_told_apart_from_the_roofline(path: Path) -> None:
+    told = {}
+    for latency in ("null", "roofline"):
+        loaded = Scenario.load(path, ["cluster.nodes[0].gpu=A40", f"latency={latency}", "until_s=20"])
+        setup = resolve(loaded)
+        summary = setup.summary(setup.run())
+        assert summary["unmeasured_gpus"] == ["A40"]
+        told[latency] = summary["predicted_gpus"], " ".join(notes(summary))
+    assert told["null"][0] == ["A40"]
+    assert "A40 are predicted" in told["null"][1]
+    assert "roofline" not in told["null"][1]
+    assert told["roofline"][0] == []
+    assert "A40 are a roofline estimate" in told["roofline"][1]
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("mean", 10), ("max", 10), ("oracle", 10)])

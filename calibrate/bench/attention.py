@@ -25,9 +25,12 @@ SKEW = (5, 1, 1, 1)
 
 
 def attention_families(shard: Shard, target: Target, limits: Limits) -> list[Family]:
-    """The operators ``attention_*`` of a ``ProfileEntry``, and decodes with skewed contexts as a check."""
+    """The operators ``attention_*`` of a ``ProfileEntry``, and decodes with skewed contexts as a check.
+
+    A chunk after one token runs the kernel of later chunks, a first chunk the quicker one of whole prompts.
+    """
     chunk = tuple(sorted({LEAST_CHUNK_TOKENS, min(256, limits.tokens), limits.tokens}))
-    after = (0, limits.context_tokens // 4, limits.context_tokens)
+    after = (0, 1, limits.context_tokens // 4, limits.context_tokens)
     seqs = (1, 8, limits.sequences)
     context = (LEAST_CHUNK_TOKENS, limits.context_tokens // 4, limits.context_tokens)
     beside = {"sequences": seqs[1:], "context": context[:2]}

@@ -63,12 +63,16 @@ def _quarters(low: int, high: int) -> list[int]:
 
 
 def knot_misses(axis: NDArray[np.float64], seconds: NDArray[np.float64], noise: NDArray[np.float64]) -> list[float]:
-    """What a line between its neighbours misses at each value, beyond the noise; ends take after their neighbour."""
+    """What a line between its neighbours misses at each value, beyond the noise; ends take after their neighbour.
+
+    Beside a value that is one less or more there may be a jump, which no value between them can show better.
+    """
     if len(axis) < 3:
         return [UNSEEN] * len(axis)
     part = ((axis[1:-1] - axis[:-2]) / (axis[2:] - axis[:-2]))[:, None]
     line = seconds[:-2] + part * (seconds[2:] - seconds[:-2])
     inner = np.abs(line - seconds[1:-1]) / seconds[1:-1] - noise[1:-1]
-    seen = np.isfinite(inner)
+    apart = np.diff(axis) > 1
+    seen = np.isfinite(inner) & (apart[:-1] & apart[1:])[:, None]
     misses = np.where(seen, np.maximum(inner, 0), 0).sum(axis=1) / np.maximum(seen.sum(axis=1), 1)
     return [float(misses[0]), *(float(value) for value in misses), float(misses[-1])]

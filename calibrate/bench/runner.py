@@ -1,7 +1,11 @@
 """The order of points: every family's coarse grid, then where straight lines miss most, then what no fit may see.
 
-Where they miss, the points are looked at a second time before a new one goes between them: other programs only ever
-make a kernel slower, so that the quicker of two looks counts, and what was a disturbance is not taken for a curve.
+Where they miss by more than noise explains comes first; while time is left, second looks at points whose repeats
+differ come next, and then what noise may have hidden.
+
+Where they miss, the points are looked at a second time (a fourth, if it may be noise) before a new one goes between
+them: other programs only ever make a kernel slower, so that the quickest look counts, and what was a disturbance is
+not taken for a curve.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.bench.family import Family, Key, Measurement, Part, Point, key, points
-from calibrate.bench.grid import checks, refinement
+from calibrate.bench.grid import Refinement, checks, refinement
 from calibrate.bench.journal import Journal
 
 TOLERANCE = 0.02
@@ -24,6 +28,8 @@ CHECK_SHARE = 0.15
 SEED = 7
 LOOKS = 2
 """Times that a point is measured before a new one goes beside it."""
+NOISY_LOOKS = 4
+"""The same where noise would explain what lines miss."""
 
 Measure = Callable[[Part, Point], Measurement]
 
@@ -91,50 +97,66 @@ class _Run:
             for point in list(points(family.axes)) * family.looks:
                 self._measure(family, point)
         self.coarse_left = 0
-        while self.spent_s < self.budget_s and self._refine():
-            pass
-        held = [
-            key(family, part, point)
-            for family in self.families
-            for point in self._hold_out(family)
-            for part in family.parts
-        ]
-        return Measured(self.axes, self.used, frozenset(held))
-
-    def _hold_out(self, family: Family) -> list[Point]:
-        """Measure the points that the fit is not to see."""
-        held = list(points(family.held)) if family.held else []
-        chosen = held + checks(self.axes[_label(family)], family.checks, SEED)
-        for point in chosen * LOOKS:
+        self._refine_all(count_noise=True)
+        self._look_at_noisy()
+        self._refine_all(count_noise=False)
+        held = [(family, point) for family in self.families for point in self._held(family)]
+        for family, point in held * LOOKS:
             self._measure(family, point)
-        return chosen
+        names = frozenset(key(family, part, point) for family, point in held for part in family.parts)
+        return Measured(self.axes, self.used, names)
 
-    def _refine(self) -> bool:
-        """Better one interval of the family that had the least time so far; False if none is worth it or time is up."""
+    def _held(self, family: Family) -> list[Point]:
+        """The points that the fit is not to see."""
+        held = list(points(family.held)) if family.held else []
+        return held + checks(self.axes[_label(family)], family.checks, SEED)
+
+    def _refine_all(self, *, count_noise: bool) -> None:
+        while self.spent_s < self.budget_s and self._refine(count_noise=count_noise):
+            pass
+
+    def _look_at_noisy(self) -> None:
+        """Measure points once more whose repeats differ, while there is time."""
+        for family in self.families:
+            for point in points(self.axes[_label(family)]):
+                names = [key(family, part, point) for part in family.parts]
+                noisy = any(self.used[name].noise > TOLERANCE for name in names)
+                if noisy and min(self.looks[name] for name in names) < LOOKS and self._fits(family, [point]):
+                    self._measure(family, point)
+
+    def _refine(self, *, count_noise: bool) -> bool:
+        """Better one interval of the family that had the least time so far; False if none is worth it or time is up.
+
+        ``count_noise``: a miss counts as far as noise does not explain it; otherwise all of it does.
+        """
         found = [
             (self.refining_s[_label(family)], -better.error, family, name, better.value)
             for family in self.families
             for name in family.refined
-            if (better := refinement(self.axes[_label(family)][name], *self._table(family, name))) is not None
-            and better.error > TOLERANCE
+            if (better := self._refinement(family, name, count_noise)) is not None and better.error > TOLERANCE
         ]
         for *_, family, name, value in sorted(found, key=lambda row: row[:2]):
             before_s = self.spent_s
-            if self._look_again(family, name, value) or self._insert(family, name, value):
+            looks = LOOKS if count_noise else NOISY_LOOKS
+            if self._look_again(family, name, value, looks) or self._insert(family, name, value):
                 self.refining_s[_label(family)] += self.spent_s - before_s
                 return True
         return False
 
-    def _look_again(self, family: Family, name: str, value: int) -> bool:
-        """Measure the neighbours of a value once more; False if all had their looks or the time is short."""
+    def _refinement(self, family: Family, name: str, count_noise: bool) -> Refinement | None:
+        seconds, noise = self._table(family, name)
+        return refinement(self.axes[_label(family)][name], seconds, noise if count_noise else np.zeros_like(noise))
+
+    def _look_again(self, family: Family, name: str, value: int, looks: int) -> bool:
+        """Measure the neighbours of a value once more; False if all had so many looks or the time is short."""
         axes = self.axes[_label(family)]
         near = [max(at for at in axes[name] if at < value), min(at for at in axes[name] if at > value)]
         short = [
             point
             for point in points({**axes, name: tuple(near)})
-            if any(self.looks[key(family, part, point)] < LOOKS for part in family.parts)
+            if any(self.looks[key(family, part, point)] < looks for part in family.parts)
         ]
-        if not short or self.spent_s + self._took_s(family, short) > self.budget_s:
+        if not short or not self._fits(family, short):
             return False
         for point in short:
             self._measure(family, point)
@@ -144,7 +166,7 @@ class _Run:
         """Give an axis one more value; False if the time is short."""
         axes = self.axes[_label(family)]
         above = min(at for at in axes[name] if at > value)
-        if self.spent_s + self._took_s(family, list(points({**axes, name: (above,)}))) > self.budget_s:
+        if not self._fits(family, list(points({**axes, name: (above,)}))):
             return False
         for point in points({**axes, name: (value,)}):
             self._measure(family, point)
@@ -169,9 +191,10 @@ class _Run:
             self.spent_s += found.spent_s
             self.coarse_left -= 1
 
-    def _took_s(self, family: Family, line: Sequence[Point]) -> float:
-        """What so many points took at their last look."""
-        return sum(self.used[key(family, part, point)].spent_s for point in line for part in family.parts)
+    def _fits(self, family: Family, line: Sequence[Point]) -> bool:
+        """Whether there is time for points that take as long as these did at their last look."""
+        took_s = sum(self.used[key(family, part, point)].spent_s for point in line for part in family.parts)
+        return self.spent_s + took_s <= self.budget_s
 
     def _table(self, family: Family, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(seconds of all parts together, their noise) by the values of one axis and all others."""

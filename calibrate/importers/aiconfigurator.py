@@ -3,13 +3,15 @@
 ``python -m calibrate.importers.aiconfigurator data/h100_sxm --out vllm-0.19-h100-sxm.json``
 
 PATH is a system's folder with ``gemm/vllm/VERSION``, ``attention/vllm/VERSION`` and ``comm/vllm/VERSION`` below it.
-Kept: 16-bit GEMMs by (tokens, n, k) on a thinner grid, attention of 128-wide heads with a 16-bit cache and no window
-(prompts one at a time, without context; decodes by sequences and context), and the all-reduce that vLLM captures in
-graphs, or NCCL's (``comm/nccl``) where that is faster or vLLM's was not measured: between PCIe cards the two hosts
-differ by up to a factor of two and a half. Repeated rows count as their median. GEMMs and
-decodes take no longer than larger ones that were measured (they can be padded): some rows are outliers by a factor of
-three. Decodes too large to measure continue their row's last slope, or take in proportion what fewer sequences take
-(reading the cache), whichever is more.
+Kept: 16-bit GEMMs by (tokens, n, k) on a thinner grid (and those of 8-bit floats, thinner still, from vLLM 0.19 on:
+0.14 quantises their input in some ten kernels that a server's compiled graph fuses), attention of 128-wide heads with a
+16-bit cache and no window (prompts one at a time, without context; decodes by sequences and context), and the
+all-reduce of 16-bit values that vLLM captures in graphs, or NCCL's (``comm/nccl``) where that is faster or vLLM's was
+not measured: between PCIe cards the two hosts differ by up to a factor of two and a half. ``message_size`` counts
+values, not bytes (the collectors write ``size // bytes_per_element``; int8 takes as long as half of half as many).
+Repeated rows count as their median. All take no longer than larger ones that were measured (they can be padded): some
+rows are outliers by a factor of three. Decodes too large to measure continue their row's last slope, or
+take in proportion what fewer sequences take (reading the cache), whichever is more.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import typer
 from calibrate import fit
 from calibrate.fit import Floats
 from calibrate.profile_file import write_profile
+from calibrate.scaling import BESIDE_CHUNKS, FLASH3
 from sim.cost import AttentionTable, GemmTable, Grid, HeldOut, Kernels, Profile, Provenance, Table
 from sim.types import ConfigError
 
@@ -62,15 +65,16 @@ WIDTHS = (
     51200,
     65536,
 )
+TOKENS8 = (1, 16, 32, 64, 96, 128, 192, 256, 512, 513, 1024, 1025, 2048, 2049, 4096, 4097, 8192, 16384)
+"""For 8-bit floats, thinner; an odd count takes up to 80 % longer than the even one before it."""
+WIDTHS8 = (256, 512, 1024, 2048, 4096, 6144, 8192, 12288, 16384, 65536)
+FUSED_QUANTISATION = (0, 19)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 CONTEXTS = (1, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEAD_DIM = 128
 MS = 1e-3
-BESIDE_CHUNKS = 0.35
-"""``Kernels.beside_chunks`` of FlashAttention 2: 0.3 to 0.45 in LLMServingSim's tables (16 and more decodes on RTX 4090
-and RTX PRO 6000, 4 and 8 query heads per KV head)."""
-PACKING = ("h100_sxm", "h200_sxm")
-"""GPUs on which vLLM uses FlashAttention 3, which puts the query heads of a KV head into one tile."""
+VALUE_BYTES = 2
+"""Of a half or bfloat16."""
 PROMPTS_FROM = {"h200_sxm": "h100_sxm"}
 """Whose table of prompts to take, from the folder beside: an H200 computes as fast as an H100, while its own table has
 2.6 PFLOP/s in prompts of 16,384 tokens, more than twice what the chip can do."""
@@ -92,9 +96,10 @@ def import_aiconfigurator(path: str | Path) -> Profile:
         gpus=GPUS[folder.name],
         dtypes=DTYPES,
         gemm=gemm,
+        gemm8=gemm_table(gemms, "fp8", TOKENS8, WIDTHS8) if _fused(gemms, version) else None,
         attention=attention_tables(_plain(prompts), _plain(decodes)),
         all_reduce=faster(all_reduce_tables(reduces), _nccl_tables(folder)),
-        beside_chunks=0.0 if folder.name in PACKING else BESIDE_CHUNKS,
+        beside_chunks=0.0 if GPUS[folder.name][0].startswith(FLASH3) else BESIDE_CHUNKS,
         held_out={"gemm_tokens": _held_tokens(gemm), "gemm_shapes": _held_shapes(gemm)},
     )
     name = f"vllm-{version.rpartition('.')[0]}-{GPUS[folder.name][0].lower()}"
@@ -137,11 +142,13 @@ def _checked(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     return rows.assign(s=rows.latency * MS)
 
 
-def gemm_table(rows: pd.DataFrame) -> GemmTable:
-    """16-bit GEMMs on the grid that ``TOKENS`` and ``WIDTHS`` share with the file; holes are filled geometrically."""
-    gemms = rows[rows.gemm_dtype == "bfloat16"]
-    tokens = [count for count in TOKENS if (gemms.m == count).any()]
-    n, k = ([width for width in WIDTHS if (gemms[side] == width).any()] for side in ("n", "k"))
+def gemm_table(
+    rows: pd.DataFrame, dtype: str = "bfloat16", counts: Sequence[int] = TOKENS, widths: Sequence[int] = WIDTHS
+) -> GemmTable:
+    """GEMMs on the grid that ``counts`` and ``widths`` share with the file; holes are filled geometrically."""
+    gemms = rows[rows.gemm_dtype == dtype]
+    tokens = [count for count in counts if (gemms.m == count).any()]
+    n, k = ([width for width in widths if (gemms[side] == width).any()] for side in ("n", "k"))
     table = gemms.groupby(["n", "k", "m"]).s.median()
     cube = (
         table.reindex(pd.MultiIndex.from_product([n, k, tokens]))
@@ -151,6 +158,11 @@ def gemm_table(rows: pd.DataFrame) -> GemmTable:
     for i, j in np.argwhere(np.isnan(cube).any(axis=2)):  # the largest square is not measured
         cube[i, j] = cube[i - 1, j] * cube[i, j - 1] / cube[i - 1, j - 1]
     return GemmTable(tokens=tuple(tokens), n=tuple(n), k=tuple(k), seconds=_nested(_levelled(cube)))
+
+
+def _fused(rows: pd.DataFrame, version: str) -> bool:
+    """Whether there are 8-bit GEMMs whose input takes one kernel to quantise."""
+    return bool((rows.gemm_dtype == "fp8").any()) and tuple(map(int, version.split(".")[:2])) >= FUSED_QUANTISATION
 
 
 def _levelled(table: Floats) -> Floats:
@@ -199,7 +211,7 @@ def _decode_grid(grid: pd.DataFrame) -> Grid:
 
 
 def all_reduce_tables(rows: pd.DataFrame) -> dict[int, Table]:
-    """vLLM's own all-reduce inside graphs, by bytes of the vector."""
+    """vLLM's all-reduce inside graphs (its own kernels up to 8 MiB, NCCL beyond), by bytes of the vector."""
     return _by_bytes(rows[rows.kernel_source == "vLLM_custom_graph"])
 
 
@@ -220,18 +232,19 @@ def faster(ours: dict[int, Table], nccl: dict[int, Table]) -> dict[int, Table]:
         inside = (sizes >= other.counts[0]) & (sizes <= other.counts[-1])
         theirs = np.interp(sizes, other.counts, other.seconds)
         least = np.where(inside, np.minimum(ours[count].seconds, theirs), ours[count].seconds)
-        seconds = tuple(round(float(value), 9) for value in fit.rising(least))
+        seconds = tuple(round(float(value), 9) for value in _levelled(least))
         tables[count] = Table(counts=ours[count].counts, seconds=seconds)
     return dict(sorted(tables.items()))
 
 
 def _by_bytes(rows: pd.DataFrame) -> dict[int, Table]:
+    """Of 16-bit values, which the file counts."""
     tables = {}
     for count in sorted(set(rows.num_gpus.tolist())):
         group = rows[rows.num_gpus == count]
         medians = group.groupby("message_size").s.median()
-        seconds = tuple(round(float(value), 9) for value in fit.rising(medians.to_numpy(float)))
-        tables[int(count)] = Table(counts=tuple(int(x) for x in medians.index), seconds=seconds)
+        seconds = tuple(round(float(value), 9) for value in _levelled(medians.to_numpy(float)))
+        tables[int(count)] = Table(counts=tuple(VALUE_BYTES * int(x) for x in medians.index), seconds=seconds)
     return tables
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.fidelity import crossed, decode_steps, kv_bound, placements, report, served, tables
+from experiments.fidelity import crossed, decode_steps, kv_bound, links, placements, report, served, tables
 from experiments.fidelity.table import Study
 from sim.types import ConfigError
 
@@ -24,6 +24,7 @@ STUDIES: dict[str, Callable[[Path], Study]] = {
     "helix": tables.helix,
     "models": crossed.models,
     "gpus": crossed.gpus,
+    "links": links.study,
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from sim import Limits
 from sim.cluster import Gpu, gpu
+from sim.model import model
 from sim.types import ConfigError
 
 PLACES = (
@@ -29,8 +30,13 @@ GPU_NAMES = (
     ("tesla t4", "T4"),
 )  # fmt: skip
 """Words of CUDA's device name, hyphens as spaces, and the catalogue's name; the first that fits."""
-SUFFIXES = re.compile(r"(-(instruct|chat|hf|base|it|\d{4}))+$")
-SAME_SHAPE = {"llama-3-8b": "llama-3.1-8b", "llama-3-70b": "llama-3.1-70b", "llama-3.3-70b": "llama-3.1-70b"}
+SUFFIXES = re.compile(r"(-(instruct|chat|hf|base|it|\d{4}|fp8|fp8-dynamic|fp8-kv|v0\.1))+$")
+SAME_SHAPE = {
+    "llama-3-8b": "llama-3.1-8b", "llama-3-70b": "llama-3.1-70b", "llama-3.3-70b": "llama-3.1-70b",
+    "deepseek-r1-distill-llama-8b": "llama-3.1-8b", "deepseek-r1-distill-llama-70b": "llama-3.1-70b",
+}  # fmt: skip
+V1, V0_CHUNKED_FROM = (0, 8), 32768
+"""The first release whose engine is V1, and the context beyond which V0 cut prompts into chunks."""
 LATEST = (0, 19)
 """Release whose defaults are taken where none is named: the one that the kernel tables are of."""
 LARGE_GPU_BYTES = 70 * 2**30
@@ -43,11 +49,12 @@ class Facts:
 
     model: str
     dtype: str | None
+    kv_dtype: str | None
     gpu: Gpu
     tp: int
     pp: int
     replicas: int
-    version: tuple[int, int]
+    version: tuple[int, ...]
     limits: Limits
     chunked_prefill: bool
     long_prefill_token_threshold: int
@@ -102,42 +109,74 @@ def _part(meta: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 
 
 def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
-    """``where`` is the file named in errors. ``ConfigError`` if model or GPU are missing or unknown."""
+    """``where`` is the file named in errors. ``ConfigError`` if model or GPU are missing or unknown.
+
+    Defaults (vllm-project/vllm, by version): blocks of 16 tokens; prefix caching and chunked prefill with V1, so from
+    0.8 on; 0.9 of the memory, 0.92 from 0.20 on (pull request 38284); a prompt admitted only if it fits whole from
+    0.19 on (37307); the rest in ``_batch_defaults`` and ``_asynchronous``. CUDA graphs take no setting here: the
+    kernels' times are those in graphs, and their memory is part of ``sim.memory``.
+    """
     look = _Meta(meta, where)
     version = _version(look)
     device = _device(look)
+    name = _model(look)
     tp, pp = look.integer("tensor_parallel_size", 1), look.integer("pipeline_parallel_size", 1)
-    large = device.memory_bytes >= LARGE_GPU_BYTES and not device.name.startswith("A100")
     blocks, longest = look.get("num_gpu_blocks"), look.get("max_model_len")
     if blocks is None:
         look.assumed.append("num_gpu_blocks: what follows from the memory")
+    known_longest = longest or model(name).max_position_embeddings
+    chunked = look.flag("enable_chunked_prefill", version >= V1 or known_longest > V0_CHUNKED_FROM)
+    offline = "llm" in str(look.get("usage_context") or "").lower()
+    sequences, tokens = _batch_defaults(device, version, offline=offline)
+    if not chunked:
+        tokens = max(tokens, known_longest)
     limits = Limits(
-        max_num_seqs=look.integer("max_num_seqs", 1024 if large and version >= (0, 9) else 256),
-        max_num_batched_tokens=look.integer("max_num_batched_tokens", 8192 if large else 2048),
+        max_num_seqs=look.integer("max_num_seqs", sequences),
+        max_num_batched_tokens=look.integer("max_num_batched_tokens", tokens),
         max_model_len=longest,
         block_size=look.integer("block_size", 16),
         num_kv_blocks=blocks,
-        gpu_memory_utilization=look.share("gpu_memory_utilization", 0.9),
-        prefix_caching=look.flag("enable_prefix_caching", version >= (0, 8)),
+        gpu_memory_utilization=look.share("gpu_memory_utilization", 0.92 if version >= (0, 20) else 0.9),
+        prefix_caching=look.flag("enable_prefix_caching", version >= V1),
         async_scheduling=look.flag("async_scheduling", _asynchronous(look, version, pp)),
     )
     return Facts(
-        model=_model(look),
+        model=name,
         dtype=_dtype(look),
+        kv_dtype=_kv_dtype(look),
         gpu=device,
         tp=tp,
         pp=pp,
         replicas=look.integer("data_parallel_size", 1),
         version=version,
         limits=limits,
-        chunked_prefill=look.flag("enable_chunked_prefill", version >= (0, 8)),
+        chunked_prefill=chunked,
         long_prefill_token_threshold=look.integer("long_prefill_token_threshold", 0),
         reserve_full_prompt=look.flag("scheduler_reserve_full_isl", version >= (0, 19)),
         assumed=tuple(look.assumed),
     )
 
 
-def _asynchronous(look: _Meta, version: tuple[int, int], pp: int) -> bool:
+def _batch_defaults(device: Gpu, version: tuple[int, ...], *, offline: bool) -> tuple[int, int]:
+    """vLLM's ``max_num_seqs`` and ``max_num_batched_tokens``: of a server, or of the ``LLM`` class (``offline``).
+
+    Large GPUs have larger ones (pull requests of vllm-project/vllm): H100 and H200 by name up to 0.8.4 (12369), all of
+    70 GiB and more in 0.8.5 (17073), all of those but the A100 from 0.9 on (17885). The first releases of V1 ran 1,024
+    sequences everywhere, up to 0.8.3 (16158). V0 had one set for all, with 2,048 tokens for chunks from 0.6.5 on
+    (10544); without chunks whatever the longest prompt takes.
+    """
+    if version < V1:
+        return 256, 2048 if version >= (0, 6, 5) else 512
+    roomy = device.memory_bytes >= LARGE_GPU_BYTES
+    if version < (0, 8, 5):
+        large = device.name.startswith(("H100", "H200"))
+    else:
+        large = roomy and (version < (0, 9) or not device.name.startswith("A100"))
+    tokens = (16384 if offline else 8192) if large else (8192 if offline else 2048)
+    return 1024 if large or version < (0, 8, 4) else 256, tokens
+
+
+def _asynchronous(look: _Meta, version: tuple[int, ...], pp: int) -> bool:
     """vLLM's default: from 0.14 on, but not with pipelines (before 0.15) or speculation by other than EAGLE and MTP.
 
     Release notes of 0.14.0; pull requests 27614, 31998 and 32359 of vllm-project/vllm.
@@ -149,13 +188,13 @@ def _asynchronous(look: _Meta, version: tuple[int, int], pp: int) -> bool:
     return method is None or "eagle" in str(method).lower() or "mtp" in str(method).lower()
 
 
-def _version(look: _Meta) -> tuple[int, int]:
+def _version(look: _Meta) -> tuple[int, ...]:
     text = look.get("vllm_version")
-    found = re.match(r"v?(\d+)\.(\d+)", str(text))
+    found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", str(text))
     if found is None:
         look.assumed.append(f"vllm_version {LATEST[0]}.{LATEST[1]}")
         return LATEST
-    return int(found[1]), int(found[2])
+    return tuple(int(part or 0) for part in found.groups())
 
 
 def _device(look: _Meta) -> Gpu:
@@ -186,10 +225,22 @@ def _model(look: _Meta) -> str:
 
 
 def _dtype(look: _Meta) -> str | None:
+    """Of the weights: what a checkpoint's name or the configuration says; None: the model's own."""
     quantization = look.get("quantization")
-    if quantization is not None:
-        if "fp8" not in str(quantization):
-            raise ConfigError(f"{look.where}: quantization is {quantization!r}; known: fp8, or none")
+    name = str(look.get("model", "model_id", "model_name")).lower()
+    if "fp8" in str(quantization) or re.search(r"-fp8\b", name):
         return "float8"
+    if quantization is not None:
+        raise ConfigError(f"{look.where}: quantization is {quantization!r}; known: fp8, or none")
     text = str(look.get("dtype") or "auto").removeprefix("torch.")
     return None if text == "auto" else {"half": "float16", "float": "float32"}.get(text, text)
+
+
+def _kv_dtype(look: _Meta) -> str | None:
+    """None: as wide as the activations."""
+    text = str(look.get("cache_dtype", "kv_cache_dtype") or "auto")
+    if text in ("auto", "float16", "bfloat16"):
+        return None
+    if text not in ("fp8", "fp8_e4m3", "fp8_e5m2"):
+        raise ConfigError(f"{look.where}: kv_cache_dtype is {text!r}; known: auto, fp8, fp8_e4m3, fp8_e5m2")
+    return "float8"

@@ -175,5 +175,9 @@ def _arrivals(
         return np.zeros(len(served)), clients, "no start_times: all are sent at once"
     if not rate_per_s > 0:
         raise ConfigError(f"{where}: request_rate is {rate!r}; it must be > 0")
-    gaps_s = np.random.default_rng(0).exponential(1 / rate_per_s, len(served))
-    return np.cumsum(gaps_s) - gaps_s[0], None, "no start_times: arrivals are drawn at request_rate (Poisson, seed 0)"
+    shape = fields.get("burstiness", 1.0)
+    if isinstance(shape, bool) or not isinstance(shape, int | float) or not shape > 0:
+        raise ConfigError(f"{where}: burstiness is {shape!r}; it must be a number > 0")
+    gaps_s = np.random.default_rng(0).gamma(shape, 1 / (rate_per_s * shape), len(served))
+    note = f"no start_times: arrivals are drawn at request_rate (gamma of shape {shape}, seed 0)"
+    return np.cumsum(gaps_s) - gaps_s[0], None, note

@@ -68,11 +68,13 @@ def _share(value: float) -> str:
 
 
 def markdown(studies: Sequence[Study]) -> str:
-    """The page: the bars, then every study with its notes and rows."""
+    """The page: the bars, then every study with its notes and its summary or rows."""
     parts = [INTRODUCTION, "## Bars\n", table(bars_frame(studies)), ""]
     for study in studies:
         parts += [f"## {study.title}\n", *(f"- {note}" for note in study.notes), ""]
-        if study.rows:
+        if study.summary:
+            parts += [table(pd.DataFrame(study.summary)), ""]
+        elif study.rows:
             parts += [table(rows_frame([study]).drop(columns="study")), ""]
     return "\n".join(parts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,12 +57,14 @@ class Bar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """What one group of runs shows. ``notes``: settings, and what was fitted on what."""
+    """What one group of runs shows. ``notes``: settings, and what was fitted on what. ``summary``: a table that the
+    page shows in place of the rows."""
 
     title: str
     rows: tuple[Row, ...]
     bars: tuple[Bar, ...]
     notes: tuple[str, ...]
+    summary: tuple[Mapping[str, object], ...] = ()
 
 
 def judged(rows: Iterable[Row], metric: str) -> list[Row]:

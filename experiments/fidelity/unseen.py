@@ -19,7 +19,7 @@ import typer
 from calibrate.profile_file import read_profile, shipped_profiles
 from calibrate.relatives import kernels_for
 from experiments.fidelity.constants import SYNCHRONOUS
-from experiments.fidelity.metadata import Facts
+from experiments.fidelity.metadata import V1, Facts
 from experiments.fidelity.recorded import RecordedRun, read_run
 from experiments.fidelity.report import rows_frame, table
 from experiments.fidelity.setup import Following, Recorded, run
@@ -38,7 +38,7 @@ QUANTILES = (50, 90, 95, 99)
 def system(facts: Facts) -> System:
     """vLLM as the metadata describes it."""
     return vllm(
-        mode="v1" if facts.version >= (0, 8) else "v0",
+        mode="v1" if facts.version >= V1 else "v0",
         chunked_prefill=facts.chunked_prefill,
         long_prefill_token_threshold=facts.long_prefill_token_threshold,
         reserve_full_prompt=facts.reserve_full_prompt,
@@ -71,7 +71,7 @@ def predict(recorded: RecordedRun, *, step_by_step: bool = False) -> Result:
         profiles(facts.gpu),
         facts.limits,
         overhead(facts),
-        spec=model(facts.model, facts.dtype),
+        spec=replace(model(facts.model, facts.dtype), kv_dtype=facts.kv_dtype),
         step_by_step=step_by_step,
     )
 
@@ -122,10 +122,12 @@ def summary(values_s: np.ndarray) -> list[tuple[str, float]]:
 def described(recorded: RecordedRun, result: Result) -> str:
     """One line on what was simulated."""
     facts, replica = recorded.facts, result.replicas.iloc[0]
-    priced = "measured kernels" if bool(result.replicas.measured.all()) else "roofline"
+    priced = "measured kernels"
+    if not result.replicas.measured.all():
+        priced = "roofline" if kernels_for(facts.gpu) is None else "kernels scaled from a relative's"
     return (
         f"{recorded.name}: {facts.model} on {facts.replicas * facts.tp * facts.pp} x {facts.gpu.name} "
-        f"(tp {facts.tp}, pp {facts.pp}), vLLM {facts.version[0]}.{facts.version[1]}, "
+        f"(tp {facts.tp}, pp {facts.pp}), vLLM {'.'.join(map(str, facts.version))}, "
         f"{'a' if facts.limits.async_scheduling else ''}synchronous scheduling, {replica.total_blocks} KV blocks, "
         f"{facts.limits.max_num_seqs} sequences, {facts.limits.max_num_batched_tokens} tokens a step; {priced}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from math import inf
 from typing import Any, NamedTuple
@@ -16,10 +16,14 @@ from sim.cluster.catalogue import Gpu, did_you_mean
 from sim.cluster.node import Link, Node, read_links, read_nodes
 from sim.types import ConfigError
 
-NVLINK_LATENCY_S = 2e-6
-PCIE_LATENCY_S = 5e-6
-"""Per hop, between the LL and Simple ring figures of NCCL's tuning tables (NVLink 0.6-3.4 us, PCIe
-1.0-5.7 us; NCCL 2.18, 2023). ``Cluster.intra_node`` overrides both."""
+NVLINK_SHARE, NVLINK_LATENCY_S = 0.8, 8e-6
+"""Of the nominal rate, and until the first byte: NCCL's send and receive reach 0.78 and 0.81 after 7 and 9 us on two
+machines with H100 (APEX+, Vidur), 0.76 to 0.95 at 64 MiB on two with A100 (Vidur). Both fitted."""
+PCIE_SHARE, PCIE_LATENCY_S = 0.8, 5e-6
+"""The same: rings of four cards reach 0.76 (H100, A100; Vidur) and 0.81 (RTX 4090 with peer access, user's figure in
+tinygrad/open-gpu-kernel-modules#36), gathers of two begin after 5 to 6 us (L40S, RTX PRO 6000; aiconfigurator). Cards
+that pass through the processor's memory reach 0.13 to 0.26 (A40, Vidur; V100, APEX+). ``Cluster.intra_node`` overrides
+the figures of peers."""
 
 
 class Path(NamedTuple):
@@ -101,8 +105,9 @@ class Cluster:
         if self.intra_node is not None:
             return self.intra_node
         if node.gpu.nvlink_bytes_per_s is not None:
-            return Link(bytes_per_s=node.gpu.nvlink_bytes_per_s, latency_s=NVLINK_LATENCY_S)
-        return Link(bytes_per_s=node.gpu.pcie_bytes_per_s, latency_s=PCIE_LATENCY_S)
+            rate = node.gpu.nvlink_bytes_per_s * NVLINK_SHARE
+            return Link(bytes_per_s=rate, latency_s=NVLINK_LATENCY_S, medium="nvlink")
+        return Link(bytes_per_s=node.gpu.pcie_bytes_per_s * PCIE_SHARE, latency_s=PCIE_LATENCY_S, medium="pcie")
 
     def path(self, source_gpus: tuple[str, ...], target_gpus: tuple[str, ...]) -> Path:
         """How a flow from one group of GPUs to another spreads.
@@ -123,7 +128,7 @@ class Cluster:
         return Path(tuple((f"pcie:{gpu_id}:in", 1 / len(gpus)) for gpu_id in gpus), PCIE_LATENCY_S)
 
     def collective_link(self, gpus: tuple[str, ...]) -> Link:
-        """The slowest link of a group's ring, for alpha-beta costs; a group of one costs nothing.
+        """The slowest link of a group's ring, for ``collective_seconds``; a group of one costs nothing.
 
         A ring leaves a machine once, however many of its GPUs take part, so it has that port to itself.
         """
@@ -133,10 +138,8 @@ class Cluster:
             hop = _hop(self, a.gpu_ids[0], b.gpu_ids[0])
             rate = min(self._capacity[name] for name in hop.resources)
             links.append(Link(bytes_per_s=rate, latency_s=hop.latency_s))
-        return Link(
-            bytes_per_s=min((link.bytes_per_s for link in links), default=inf),
-            latency_s=max((link.latency_s for link in links), default=0.0),
-        )
+        slowest = min(links, key=lambda link: link.bytes_per_s, default=Link(bytes_per_s=inf))
+        return replace(slowest, latency_s=max((link.latency_s for link in links), default=0.0))
 
     def bandwidth_matrix_bytes_per_s(self) -> NDArray[np.float64]:
         """GPU to GPU, uncontended, rows send, in the order of ``gpu_ids``; itself infinite, no link 0."""
@@ -187,7 +190,7 @@ def _capacities(cluster: Cluster) -> dict[str, float]:
         for gpu_id in node.gpu_ids:
             for way in ("out", "in"):
                 capacity[f"gpu:{gpu_id}:{way}"] = peer
-                capacity[f"pcie:{gpu_id}:{way}"] = node.gpu.pcie_bytes_per_s
+                capacity[f"pcie:{gpu_id}:{way}"] = node.gpu.pcie_bytes_per_s * PCIE_SHARE
         nic = node.nic_bytes_per_s
         if nic is None and cluster.inter_node is not None:
             nic = cluster.inter_node.bytes_per_s

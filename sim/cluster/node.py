@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 from sim.cluster.catalogue import Gpu, count, did_you_mean, gpu, gpus, number
 from sim.types import ConfigError
@@ -13,10 +13,15 @@ from sim.types import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """Bandwidth of one direction and one-way latency. 0 bytes/s: no connection."""
+    """Bandwidth of one direction and one-way latency. 0 bytes/s: no connection.
+
+    What transfers achieve, not a port's nominal rate. ``medium``: what the catalogue's links between the GPUs of a
+    machine are made of; None: stated by whoever made it.
+    """
 
     bytes_per_s: float
     latency_s: float = 0.0
+    medium: Literal["nvlink", "pcie"] | None = None
 
     def __post_init__(self) -> None:
         if self.bytes_per_s != inf:

@@ -9,7 +9,7 @@ integer functions behind them, ``links.py`` for collectives and the KV codec.
 from sim.cost.capped import PowerCapped
 from sim.cost.fitted import Device, Fitted, Profile, Provenance
 from sim.cost.kernels import AttentionTable, GemmTable, Kernels
-from sim.cost.links import codec_seconds, collective_seconds
+from sim.cost.links import Reached, codec_seconds, collective_seconds
 from sim.cost.padded import PaddedChunks, saturating_chunk
 from sim.cost.polynomial import DecodeTerms, Polynomial, PromptTerms
 from sim.cost.roofline import Overhead, Roofline
@@ -33,6 +33,7 @@ __all__ = [
     "ProfileEntry",
     "PromptTerms",
     "Provenance",
+    "Reached",
     "Roofline",
     "StageCost",
     "StepCost",

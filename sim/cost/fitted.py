@@ -8,6 +8,7 @@ from math import ceil
 
 from sim.cluster import Cluster
 from sim.cost.kernels import Kernels
+from sim.cost.links import collective_seconds
 from sim.cost.overlapped import Overlapped
 from sim.cost.pieces import Curve, Row, Surface, chained, surface
 from sim.cost.polynomial import Polynomial
@@ -87,8 +88,8 @@ class Profile:
 class Fitted:
     """Uses the first entry that matches a stage's GPU type, model, tensor-parallel degree and dtype exactly.
 
-    Without one, the first kernel tables of its GPU type and dtype make one; they also give an entry the collective
-    that it lacks. Without either, the first polynomial that matches as an entry does prices whole steps.
+    Without one, the first kernel tables of its GPU type and dtype make one; they also give an entry the
+    collectives that it lacks. Without either, the first polynomial that matches as an entry does prices whole steps.
     ``overhead``: the serving engine's, instead of what profiles or the fallback say. A stage without an
     entry, and every operator that an entry lacks, takes the fallback. Beyond the measured range an
     operator grows by its last slope or the fallback's, whichever is more, and its lines say ``extrapolated``.
@@ -127,17 +128,17 @@ class Fitted:
                 overhead_ps=to_ps(self.overhead.step_s * here),
                 sequence_ps=to_ps(self.overhead.sequence_s * here),
             )
-        return Composed(operators, measured=entry is not None)
+        return Composed(operators, measured=entry is not None and not entry.predicted)
 
     def entry(self, model: ModelSpec, stage: Stage, cluster: Cluster) -> ProfileEntry | None:
-        """The entry that a stage would use, or None (always for weight-only quantized models, or another KV dtype)."""
+        """The entry that a stage would use, or None (always for weight-only quantized models)."""
         names = _names(model, stage, cluster)
-        built = self._built(model, stage, cluster, names)
+        kernels = self._kernels(model, stage, cluster, names)
         for entry in (entry for profile in self.profiles for entry in profile.entries):
             if _matches(entry, model, stage, names):
-                lacks = built is not None and entry.collective is None and "collective" not in entry.included
-                return replace(entry, collective=built.collective) if lacks and built else entry
-        return built
+                lacks = entry.collective is None and "collective" not in entry.included
+                return kernels.with_collectives(entry, model) if lacks and kernels is not None else entry
+        return None if kernels is None else kernels.entry(model, stage.tp, cluster.gpu(stage.gpus[0]))
 
     def polynomial(self, model: ModelSpec, stage: Stage, cluster: Cluster) -> Polynomial | None:
         """The closed form of whole steps that matches a stage as an entry does, or None."""
@@ -145,22 +146,26 @@ class Fitted:
         forms = (form for profile in self.profiles for form in profile.polynomials)
         return next((form for form in forms if _matches(form, model, stage, names)), None)
 
-    def _built(self, model: ModelSpec, stage: Stage, cluster: Cluster, names: set[str]) -> ProfileEntry | None:
+    def _kernels(self, model: ModelSpec, stage: Stage, cluster: Cluster, names: set[str]) -> Kernels | None:
+        """The first tables of a stage's GPU type; their all-reduces only where they were measured, in one machine."""
         for kernels in (kernels for profile in self.profiles for kernels in profile.kernels):
-            if kernels.serves(model.dtype) and any(names == {gpu.lower()} for gpu in kernels.gpus):
-                return kernels.entry(model, stage.tp, cluster.gpu(stage.gpus[0]))
+            if kernels.serves(model) and any(names == {gpu.lower()} for gpu in kernels.gpus):
+                machines = {cluster.node(gpu_id).name for gpu_id in stage.gpus}
+                return kernels if len(machines) == 1 else replace(kernels, all_reduce={})
         return None
 
 
 def _names(model: ModelSpec, stage: Stage, cluster: Cluster) -> set[str]:
-    """A stage's GPU types; none for weights or a cache that no profile was measured with."""
-    if model.weight_bytes_per_param is not None or model.kv_dtype is not None:
+    """A stage's GPU types; none for weights that no profile was measured with."""
+    if model.weight_bytes_per_param is not None:
         return set()
     return {cluster.gpu(gpu_id).name.lower() for gpu_id in stage.gpus}
 
 
 def _matches(part: ProfileEntry | Polynomial, model: ModelSpec, stage: Stage, names: set[str]) -> bool:
     if part.model.lower() != model.name.lower() or part.tp != stage.tp or model.dtype not in part.dtypes:
+        return False
+    if model.kv_dtype is not None:  # every entry was measured with a cache of the activations' dtype
         return False
     return any(names == {gpu.lower()} for gpu in part.gpus)
 
@@ -173,6 +178,8 @@ class _Scale:
         self.slow = slow
         self.first = stage.first_layer == 0
         self.last = stage.end_layer == model.num_layers
+        self.tp, self.link = rates.tp, rates.link
+        self.logits_bytes = model.vocab_size * model.activation_bytes_per_value
         self.pair_ps = pair_ps(model, stage, rates)
         self.context_ps = max(self.pair_ps, kv_read_ps(model, stage, rates))
 
@@ -182,6 +189,16 @@ class _Scale:
         last = (values[-1] - values[-2]) / (end - table.counts[-2])
         analytic = (guess(2 * end)[0] - guess(end)[0]) / end
         return Curve(table.counts, tuple(values), ceil(max(last, analytic))).price
+
+    def gathered(self, head: Fixed) -> Fixed:
+        """A shard's head, and bringing all logits together over the stage's link."""
+
+        def price(seqs: int) -> tuple[int, bool]:
+            value_ps, beyond = head(seqs)
+            gather_s = collective_seconds("all_gather", seqs * self.logits_bytes, self.link, self.tp)
+            return value_ps + round(gather_s * PS_PER_S), beyond
+
+        return price
 
     def surface(self, grid: Grid, pair_ps: float, *, causal: bool) -> Surface:
         factor = self.layers[grid.per] * PS_PER_S
@@ -197,6 +214,8 @@ def _measured(entry: ProfileEntry, guess: Operators, scale: _Scale) -> Operators
         fixed["collective"] = scale.curve(entry.collective, scale.layers[entry.collective.per], guess.collective)
     if entry.head is not None:
         fixed["head"] = scale.curve(entry.head, scale.slow, guess.head) if scale.last else _free
+        if entry.collective is None and "collective" not in entry.included and scale.last:
+            fixed["head"] = scale.gathered(fixed["head"])
     overhead_ps = 0 if "overhead" in entry.included else guess.overhead_ps
     if entry.overhead_s is not None:
         overhead_ps = round(entry.overhead_s * scale.slow * PS_PER_S) if scale.first else 0

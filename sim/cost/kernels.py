@@ -2,20 +2,21 @@
 
 ``Kernels.entry`` puts a model together from them at one tensor-parallel degree. Kernels that the tables lack (norms,
 rope, activation, cache write, sampler) are small: they take a launch and their memory traffic. Grouped GEMMs of
-experts are a roofline whose efficiencies come from the one such kernel that was measured.
+experts are a roofline whose efficiencies come from the one such kernel that was measured. Models in 8-bit floats take
+16-bit attention and head, and GEMMs that were measured in 8 bits or follow from those in 16.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil, exp, log
 
 from sim.cluster import Gpu
 from sim.cost.tables import Grid, HeldOut, ProfileEntry, Table
-from sim.model import Gemm, ModelSpec
+from sim.model import DTYPE_BYTES, Gemm, ModelSpec
 from sim.types import ConfigError
 
 SMALL_KERNEL_S = 2e-6
@@ -35,6 +36,9 @@ SERIAL_SPAN = (1024, 4096)
 EXPERT_MEMORY, EXPERT_COMPUTE, EXPERT_OVERLAP = 0.82, 0.59, 0.6
 """Of peak bandwidth and FLOP/s in a grouped GEMM, and the part of the shorter one of both that hides behind the longer:
 vLLM 0.19's expert kernel for Qwen3-30B-A3B on an RTX PRO 6000 (LLMServingSim): median error 7 %, largest 24 %."""
+NARROW_EFFICIENCY = 0.8
+"""How much of its roofline an 8-bit GEMM reaches, of what the same one in 16 bits does, its input's quantisation
+included: medians of 0.7 to 0.9 on H100 and H200, 1 to 64 rows and from 2,048 on (aiconfigurator, vLLM 0.19)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,8 @@ class AttentionTable:
 class Kernels:
     """Measured kernels of the GPU types named, in one of ``dtypes``. ``all_reduce``: by GPUs, seconds by bytes.
 
+    ``gemm8``: GEMMs of 8-bit floats, their inputs' quantisation included; None: they follow from ``gemm``.
+    ``predicted``: scaled from those of another GPU type.
     ``beside_chunks``: a decode in a step with chunks takes this, times its query heads per KV head, as long as it
     takes alone (never less): the kernel that serves both works on whole tiles of queries of one head. 0: the same.
     """
@@ -100,35 +106,47 @@ class Kernels:
     dtypes: tuple[str, ...]
     gemm: GemmTable
     attention: tuple[AttentionTable, ...]
+    gemm8: GemmTable | None = None
     all_reduce: Mapping[int, Table] = field(default_factory=dict)
     beside_chunks: float = 0.0
+    predicted: bool = False
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
+
+    def serves(self, model: ModelSpec) -> bool:
+        """Whether models in such a dtype, with such a cache, can be put together."""
+        return model.dtype in (*self.dtypes, "float8") and model.kv_bytes_per_value <= 2
 
     def entry(self, model: ModelSpec, tp: int, gpu: Gpu) -> ProfileEntry | None:
         """The model's operators at this degree; None for latent attention, and where layers differ."""
         if model.kv_lora_rank is not None or model.first_dense_layers:
             return None
         attention = self._attention(model, tp)
-        decode = _cold(attention, gpu) if attention is not None else None
+        decode = _cold(attention, gpu, model.kv_bytes_per_value) if attention is not None else None
         serial_s = self._serial_s(model)
         return ProfileEntry(
             gpus=(gpu.name,),
             model=model.name,
             num_layers=model.num_layers,
             tp=tp,
-            dtypes=self.dtypes,
+            dtypes=(model.dtype,),
             linear=self._linear(model, tp, gpu),
             head=self._head(model, tp, gpu),
             collective=self._collective(model, tp),
             attention_prefill=_chunks(attention.prefill, serial_s) if attention is not None else None,
             attention_decode=decode,
             attention_mixed=self._mixed(decode, model, serial_s) if decode is not None else None,
+            predicted=self.predicted,
             held_out=self.held_out,
         )
 
+    def with_collectives(self, entry: ProfileEntry, model: ModelSpec) -> ProfileEntry:
+        """A model's measured shards, which lack what its GPUs do together: all-reduces, and gathering the logits."""
+        head = None if entry.head is None else self._gathered(entry.head, model, entry.tp)
+        return replace(entry, collective=self._collective(model, entry.tp), head=head)
+
     def _linear(self, model: ModelSpec, tp: int, gpu: Gpu) -> Table:
         gemms = model.gemms(tp)
-        rows = [self.gemm.row(gemm.n, gemm.k) for gemm in gemms if gemm.count == 1]
+        rows = [self._gemm_row(gemm, model, gpu) for gemm in gemms if gemm.count == 1]
         experts = [gemm for gemm in gemms if gemm.count > 1]
         heads = ceil(model.num_attention_heads / tp) + 2 * ceil(model.num_key_value_heads / tp)
         inner = model.intermediate_size
@@ -145,15 +163,38 @@ class Kernels:
         ]
         return Table(counts=self.gemm.tokens, seconds=_rising(seconds), per="layer")
 
+    def _gemm_row(self, gemm: Gemm, model: ModelSpec, gpu: Gpu) -> tuple[float, ...]:
+        """Seconds at the token counts of ``gemm``, in the model's dtype."""
+        row = self.gemm.row(gemm.n, gemm.k)
+        if model.dtype in self.dtypes:
+            return row
+        if self.gemm8 is not None:
+            narrow = self.gemm8.row(gemm.n, gemm.k)
+            return tuple(_along(self.gemm8.tokens, narrow, count) for count in self.gemm.tokens)
+
+        def least_s(tokens: int, dtype: str) -> float:
+            size_bytes = DTYPE_BYTES[dtype] * gemm.n * gemm.k
+            return gemm_floor_s(gemm.n, gemm.k, tokens, size_bytes, gpu.flops_for(dtype), gpu.bandwidth_bytes_per_s)
+
+        return tuple(
+            value * least_s(count, model.dtype) / least_s(count, self.dtypes[0]) / NARROW_EFFICIENCY
+            for count, value in zip(self.gemm.tokens, row, strict=True)
+        )
+
     def _head(self, model: ModelSpec, tp: int, gpu: Gpu) -> Table:
         logits = self.gemm.row(ceil(model.vocab_size / tp), model.hidden_size)
         logit_s = SAMPLER_BYTES / (gpu.bandwidth_bytes_per_s * MEMORY_EFFICIENCY)
-        seconds = []
-        for seqs, gemm_s in zip(self.gemm.tokens, logits, strict=True):
-            size_bytes = seqs * model.vocab_size * model.activation_bytes_per_value
-            gathered_s = self._all_reduce_seconds(tp, size_bytes) / 2 if tp in self.all_reduce else 0.0
-            seconds.append(gemm_s + SAMPLER_S + logit_s * seqs * model.vocab_size + gathered_s)
-        return Table(counts=self.gemm.tokens, seconds=_rising(seconds))
+        seqs = self.gemm.tokens
+        seconds = [s + SAMPLER_S + logit_s * n * model.vocab_size for n, s in zip(seqs, logits, strict=True)]
+        return self._gathered(Table(counts=seqs, seconds=_rising(seconds)), model, tp)
+
+    def _gathered(self, head: Table, model: ModelSpec, tp: int) -> Table:
+        """A head, and bringing the logits of every shard together."""
+        if tp not in self.all_reduce:
+            return head
+        seq_bytes = model.vocab_size * model.activation_bytes_per_value
+        gathers = (self._all_reduce_seconds(tp, seqs * seq_bytes) / 2 for seqs in head.counts)
+        return replace(head, seconds=_rising([a + b for a, b in zip(head.seconds, gathers, strict=True)]))
 
     def _collective(self, model: ModelSpec, tp: int) -> Table | None:
         if tp not in self.all_reduce:
@@ -189,17 +230,19 @@ class Kernels:
         return replace(decode, seconds=tuple(rows))
 
     def _attention(self, model: ModelSpec, tp: int) -> AttentionTable | None:
-        """The table of these heads, or between two of the same KV heads; None where there are none."""
+        """A table of these heads, put together from those of the same size; None where there are none."""
         heads = ceil(model.num_attention_heads / tp)
         kv_heads = ceil(model.num_key_value_heads / tp)
-        same = (table for table in self.attention if (table.kv_heads, table.head_dim) == (kv_heads, model.head_dim))
-        shapes = {table.heads: table for table in same}
-        known = sorted(shapes)
-        if not known or not known[0] <= heads <= known[-1]:
+        tables = [table for table in self.attention if table.head_dim == model.head_dim]
+        prefill, decode = _prompts(tables, heads, kv_heads), _decodes(tables, heads, kv_heads)
+        if prefill is None or decode is None:
             return None
-        high = next(count for count in known if count >= heads)
-        low = max((count for count in known if count <= heads), default=high)
-        return shapes[high] if high == low else _between(shapes[low], shapes[high], heads)
+        return AttentionTable(heads=heads, kv_heads=kv_heads, head_dim=model.head_dim, prefill=prefill, decode=decode)
+
+
+def gemm_floor_s(n: int, k: int, tokens: int, weight_bytes: float, flops: float, bytes_per_s: float) -> float:
+    """What ``tokens x k`` times ``k x n`` takes at peak: the longer of arithmetic and traffic, 16-bit in and out."""
+    return max(2 * tokens * n * k / flops, (weight_bytes + 2 * tokens * (n + k)) / bytes_per_s)
 
 
 def _place(axis: Sequence[int], value: int) -> tuple[int, int, float, float]:
@@ -240,19 +283,24 @@ def _experts_s(gemm: Gemm, tokens: int, model: ModelSpec, gpu: Gpu) -> float:
     rows = tokens * gemm.active
     reached = gemm.count * (1 - (1 - gemm.active / gemm.count) ** tokens)
     compute_s = 2 * gemm.n * gemm.k * rows / (gpu.flops_for(model.dtype) * EXPERT_COMPUTE)
-    size_bytes = (reached * gemm.n * gemm.k + rows * (gemm.n + gemm.k)) * model.activation_bytes_per_value
+    weight_bytes = reached * gemm.n * gemm.k * DTYPE_BYTES[model.dtype]
+    size_bytes = weight_bytes + rows * (gemm.n + gemm.k) * model.activation_bytes_per_value
     traffic_s = size_bytes / (gpu.bandwidth_bytes_per_s * EXPERT_MEMORY)
     return max(compute_s, traffic_s) + (1 - EXPERT_OVERLAP) * min(compute_s, traffic_s)
 
 
-def _cold(table: AttentionTable, gpu: Gpu) -> Grid:
-    """The decodes, no faster than a launch and reading their KV (16-bit keys and values) from memory."""
-    token_s = 4 * table.kv_heads * table.head_dim / (gpu.bandwidth_bytes_per_s * COLD_EFFICIENCY)
+def _cold(table: AttentionTable, gpu: Gpu, value_bytes: int) -> Grid:
+    """The decodes, no faster than a launch and reading their KV from memory.
+
+    With values of 8 bits they take half as long beyond the launch (aiconfigurator, large decodes: 0.48 to 0.55 of 16
+    bits on L40S, RTX PRO 6000 and H100, 0.73 on H200).
+    """
+    token_s = 2 * value_bytes * table.kv_heads * table.head_dim / (gpu.bandwidth_bytes_per_s * COLD_EFFICIENCY)
     decode = table.decode
     launch_s = decode.seconds[0][0]
     rows = (
         tuple(
-            max(value, launch_s + count * context * token_s)
+            launch_s + max((value - launch_s) * value_bytes / 2, count * context * token_s)
             for context, value in zip(decode.contexts, row, strict=True)
         )
         for count, row in zip(decode.counts, decode.seconds, strict=True)
@@ -276,17 +324,50 @@ def _chunks(prefill: Table, serial_s: float) -> Grid:
     return Grid(counts=prefill.counts, contexts=CHUNK_CONTEXTS, seconds=rows, per="layer")
 
 
-def _between(low: AttentionTable, high: AttentionTable, heads: int) -> AttentionTable:
-    part = (heads - low.heads) / (high.heads - low.heads)
+def _prompts(tables: Sequence[AttentionTable], heads: int, kv_heads: int) -> Table | None:
+    """By query heads: between two, in proportion beyond the most. KV heads hardly matter: of the nearest number."""
+    nearest_last = sorted(tables, key=lambda table: -abs(log(table.kv_heads / kv_heads)))
+    shapes = {table.heads: table.prefill for table in nearest_last}
+    if not shapes or heads < min(shapes):
+        return None
+    most = max(shapes)
+    if heads > most:
+        return replace(shapes[most], seconds=tuple(value * heads / most for value in shapes[most].seconds))
+    low, high, part = _around(shapes, heads)
+    return replace(shapes[high], seconds=_blend(shapes[low].seconds, shapes[high].seconds, part))
 
-    def mix(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
-        return tuple(x + part * (y - x) for x, y in zip(a, b, strict=True))
 
-    rows = tuple(mix(a, b) for a, b in zip(low.decode.seconds, high.decode.seconds, strict=True))
-    return AttentionTable(
-        heads=heads,
-        kv_heads=high.kv_heads,
-        head_dim=high.head_dim,
-        prefill=Table(counts=high.prefill.counts, seconds=mix(low.prefill.seconds, high.prefill.seconds), per="layer"),
-        decode=Grid(counts=high.decode.counts, contexts=high.decode.contexts, seconds=rows, per="layer"),
-    )
+def _decodes(tables: Sequence[AttentionTable], heads: int, kv_heads: int) -> Grid | None:
+    """By query heads of these KV heads; else those of fewer KV heads with as many query heads each, more sequences.
+
+    A decode kernel's unit of work is one KV head of one sequence with all of its query heads: 8 KV heads from tables of
+    4 and fewer are 1 to 2 % off in the median (A100, L40S, RTX PRO 6000, H100).
+    """
+    shapes = {table.heads: table.decode for table in tables if table.kv_heads == kv_heads}
+    if shapes and min(shapes) <= heads <= max(shapes):
+        low, high, part = _around(shapes, heads)
+        rows = zip(shapes[low].seconds, shapes[high].seconds, strict=True)
+        return replace(shapes[high], seconds=tuple(_blend(a, b, part) for a, b in rows))
+    alike = [table for table in tables if table.heads * kv_heads == heads * table.kv_heads < heads * kv_heads]
+    if not alike:
+        return None
+    nearest = max(alike, key=lambda table: table.kv_heads)
+    return _times_sequences(nearest.decode, kv_heads / nearest.kv_heads)
+
+
+def _times_sequences(grid: Grid, factor: float) -> Grid:
+    """Every count of sequences takes what ``factor`` times as many did."""
+    columns = list(zip(*grid.seconds, strict=True))
+    rows = (tuple(_along(grid.counts, column, count * factor) for column in columns) for count in grid.counts)
+    return replace(grid, seconds=tuple(rows))
+
+
+def _around(known: Collection[int], heads: int) -> tuple[int, int, float]:
+    """The nearest number that is no more, the nearest that is no less, and how far it is from the one to the other."""
+    low = max(count for count in known if count <= heads)
+    high = min(count for count in known if count >= heads)
+    return low, high, (heads - low) / (high - low) if high > low else 0.0
+
+
+def _blend(low: Sequence[float], high: Sequence[float], part: float) -> tuple[float, ...]:
+    return tuple(a + part * (b - a) for a, b in zip(low, high, strict=True))

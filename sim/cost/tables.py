@@ -72,7 +72,7 @@ class ProfileEntry:
     depends on the tokens of a step. ``head``: what depends on its sequences, whole, charged to the last
     stage whatever its ``per``. ``attention_mixed``: what decodes add to a step that has chunks as well; absent, they
     cost what they cost alone. ``included``: operators that ``linear`` contains already. An operator that is
-    neither given nor included is priced by the roofline.
+    neither given nor included is priced by the roofline. ``predicted``: scaled from another GPU type's, not measured.
     """
 
     gpus: tuple[str, ...]
@@ -88,6 +88,7 @@ class ProfileEntry:
     attention_mixed: Grid | None = None
     overhead_s: float | None = None
     included: frozenset[str] = frozenset()
+    predicted: bool = False
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
