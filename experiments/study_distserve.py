@@ -68,7 +68,7 @@ of a step: the paper's L_m; 90 % is ours. In tables 2 and 3 they hold up to 8,19
 On the roofline's times OPT-175B comes out the other way round: the printed placement serves less than vLLM. The rows
 headed "engines" say why. The roofline gives both systems one engine; the authors' own terms give vLLM's prefill at
 OPT-66B and TP 4 1.41 times the time per token. On the roofline OPT-66B is reversed as well. Were vLLM's steps of
-OPT-175B longer by that factor, the two would be about equal. Batches of 8,192 tokens take a quarter off DistServe's
+OPT-175B longer by that factor, the two would be about equal. Batches of 8,192 tokens take three tenths off DistServe's
 rate: a full one takes 5 s through the three stages, and the bound on TTFT is 4 s. So no claim rests on the rows of
 OPT-175B.
 

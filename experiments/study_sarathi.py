@@ -31,22 +31,22 @@ stages idle, and the median is compared, as printed. Two things stay open, so al
 Zipf, exponent 0.4, 1K to 4K, leaves open which lengths occur; the generators that the authors published later draw any
 whole number of tokens, their other experiments use whole thousands. *Orca:* section 4.5 lets it take any number of
 whole prompts into a batch, section 5.2 calls one at a time its best case. The first reading (whole thousands, any
-prompts) is within 15 % of all four figures. It was picked after the results had been seen, and nothing in the text
+prompts) is within 10 % of all four figures. It was picked after the results had been seen, and nothing in the text
 decides for whole thousands.
 
 It matters because whole thousands end together: prompts then start together and the pipeline stays even. With all
 lengths a round of eight micro-batches holds about one whole prompt, which takes ten times as long as a decode step,
 and the other seven queue up behind it. The printed ratios say the same without a simulator: 6.29 / 1.91 = 3.3 is how
-much more Orca's stages idle than SARATHI's. We find 3.2 in the first reading and 5.2 with all lengths. Other
+much more Orca's stages idle than SARATHI's. We find 3.0 in the first reading and 4.9 with all lengths. Other
 assumptions move less, but for one: the 2 ms that a step takes outside its kernels, here on the first stage, are most
-of SARATHI's own bubble. Without them (1,500 requests, first reading) the four figures are 12.4x, 1.76x, 1.40x and
-1.26x instead of 6.9x, 1.68x, 1.31x and 1.29x.
+of SARATHI's own bubble. Without them (1,500 requests, first reading) the four figures are 12.6x, 1.80x, 1.50x and
+1.21x instead of 6.4x, 1.70x, 1.37x and 1.24x.
 
 **Sarathi-Serve.** Capacities have the authors' settings (512 tokens under a strict bound, 2048 under a relaxed one,
-128 requests at once), and lognormal lengths with the medians of their traces. For tensor parallelism across machines
-our roofline lets the four GPUs of a machine share its Ethernet port, which makes TP8 twice as slow as they measured,
-and too slow to serve anything within 1 s per token. Their kernels of 2023 were slower than those of our roofline: so
-are the times of table 4, all in the same order.
+128 requests at once), and lognormal lengths with the medians of their traces. Tensor parallelism across machines is a
+ring here, which leaves each machine once: TP8 decodes 1.1 times as long as TP4-PP2, and they measured about twice;
+what their all-reduce did on that Ethernet is not known. Their kernels of 2023 were slower than those of our roofline:
+so are the times of table 4, all in the same order.
 
 Regenerate with `python -m experiments.study_sarathi --out docs`.
 """

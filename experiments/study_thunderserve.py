@@ -71,14 +71,15 @@ splitting gained nothing over vLLM V1); ports of 40 Gbps in the cloud (at 10, qu
 conversation requests/s); the best of five candidates, and longer searches in part b (with short ones 5 Gbps came out
 ahead of 40); half the load in part c.
 
-In part b splitting gains at both links and more at 40 Gbps, as printed, but less. Our baseline is a vLLM of the best
+In part b splitting gains at both links and more at 40 Gbps, as printed. Our baseline is a vLLM of the best
 layout; what served 1,610 tokens/s, and with which model and traffic, is not known to us, so only ratios of 1,610, 2,196
 and 3,292 tokens/s are compared.
 
-In part c a machine is lost on which few replicas lie, so that those which are left suffice at half the load; a full
-plan loads weights meanwhile. The rescheduler's rules for a shift of traffic (from the second window on, and beyond
+In part c a machine is lost on which few replicas lie, so that those which are left suffice at half the load, whether
+or not anything is replanned. The rescheduler's rules for a shift of traffic (from the second window on, and beyond
 chance) were settled after a first run, in which it took the short answers that complete first for a shift. In part e
-compression does not pay at 40 Gbps; what 4 bits are worth at 5 Gbps is in part b.
+(0.8 of the rate that the plan serves with 4 bits) it is compression that most is lost without, not orchestration: the
+other way round than printed.
 
 Regenerate with `python -m experiments.study_thunderserve --out docs`.
 
