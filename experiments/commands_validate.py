@@ -37,7 +37,10 @@ def validate(
     ] = None,
     overhead: Annotated[
         bool,
-        typer.Option("--overhead", help="fit first, to another short run, what a step takes beside the profile"),
+        typer.Option(
+            "--overhead",
+            help="fit what steps take beside the profile to short runs of other requests, between the real ones",
+        ),
     ] = False,
     tolerance: Annotated[
         list[str] | None,
@@ -85,9 +88,7 @@ def validate(
     how = _execution(setup, mode, device, weights, emulate_links=not real_links)
     if minutes is not None:
         setup = _measured_first(experiment, setup, minutes, device, folder, log)
-    if overhead:
-        setup = _with_overhead(setup, how, log)
-    found = validate_setup(setup, how, repeats, log.say)
+    found = validate_setup(setup, how, repeats, log.say, overhead=overhead)
     summary = report.summary(found, bounds, scenario.stem)
     report.save(found, summary, folder)
     if json_:
@@ -164,26 +165,6 @@ def _measured_first(experiment: Scenario, setup: Setup, minutes: float, device: 
     write_profile(outcome.profile, path, outcome.samples)
     finish(path)
     return resolve(experiment.model_copy(update={"latency": str(path)}))
-
-
-def _with_overhead(setup: Setup, how: Execution, log: Log) -> Setup:
-    """The setup with an overhead fitted to a run of other requests."""
-    from experiments.resolve import resolve
-    from experiments.scenario import OverheadSpec
-    from experiments.validate import measured_overhead
-    from sim.types import ConfigError
-
-    scenario = setup.scenario
-    if scenario.overhead is not None:
-        raise ConfigError(f"--overhead: {scenario.where} has an overhead already; drop one of them")
-    others = resolve(scenario.model_copy(update={"seed": scenario.seed + 1000, "overhead": OverheadSpec()}))
-    found = measured_overhead(others, how)
-    log.say(
-        f"kernels take {found.slowdown:.3f} times as long as in the profile; beside them a step takes "
-        f"{found.step_s * 1e3:.2f} ms, and {found.sequence_s * 1e3:.3f} ms a sequence"
-    )
-    spec = OverheadSpec(step_s=found.step_s, sequence_s=found.sequence_s, slowdown=found.slowdown)
-    return resolve(scenario.model_copy(update={"overhead": spec}))
 
 
 def _degrees(setup: Setup) -> tuple[int, ...]:

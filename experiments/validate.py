@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.recorded_steps import Recorded, StepPair
-from experiments.resolve import Setup
+from experiments.resolve import Setup, resolve
+from experiments.scenario import OverheadSpec
 from sim.cost import Overhead
 from sim.engine import simulate
 from sim.policy import Source, System
@@ -26,7 +27,8 @@ from sim.types import ConfigError, Request, SimulationError
 if TYPE_CHECKING:
     from calibrate.execute.run import Execution
 
-OVERHEAD_REQUESTS = 60
+OVERHEAD_REQUESTS = 80
+"""Of each execution that an overhead is fitted to."""
 LEAST_SLOWDOWN = 0.1
 """No machine is ten times as fast as when it was calibrated."""
 
@@ -81,27 +83,50 @@ class Validation:
     ended: list[tuple[Request, float]] = field(default_factory=list)
 
 
-def validate(setup: Setup, how: Execution, repeats: int, said: Callable[[str], None] = lambda _: None) -> Validation:
-    """Predict once, execute ``repeats`` times. A worker that dies ends it early; what was done is kept.
+def validate(
+    setup: Setup,
+    how: Execution,
+    repeats: int,
+    said: Callable[[str], None] = lambda _: None,
+    *,
+    overhead: bool = False,
+) -> Validation:
+    """Execute ``repeats`` times, and predict. A worker that dies ends it early; what was done is kept.
 
-    ``ConfigError`` for what cannot be executed.
+    ``overhead``: of the steps, fitted to executions of other requests before, between and after those that are
+    compared, since machines do not keep their pace. ``ConfigError`` for what cannot be executed.
     """
     if setup.events:
         raise ConfigError(f"{setup.scenario.where}: events: real machines have no made-up faults; leave them out")
-    system = as_executed(setup.system, how.mode)
-    found = Validation(setup=setup, mode=how.mode, device=how.device, predicted=_simulate(setup, system))
-    for number in range(repeats):
-        source = Watched(setup.requests.source())
-        try:
+    others = _others(setup) if overhead else None
+    executed: list[tuple[Result, Watched, float | None]] = []
+    probes: list[StepPair] = []
+    lost, ended = None, []
+    source = Watched(setup.requests.source())
+    try:
+        for number in range(repeats):
+            probes += _probe(others, how) if others else ()
+            source = Watched(setup.requests.source())
             result = _execute(setup, source, how)
-        except ConfigError:
-            raise
-        except SimulationError as error:
-            found.lost, found.ended = str(error), source.ended
-            break
-        found.runs.append(_with_replay(setup, system, result, source, how.mode))
-        said(f"run {number + 1} of {repeats}: {result.makespan_s:.1f} s, load average {found.runs[-1].load or 0:.2f}")
-    return found
+            executed.append((result, source, os.getloadavg()[0] if hasattr(os, "getloadavg") else None))
+            said(f"run {number + 1} of {repeats}: {result.makespan_s:.1f} s, load average {executed[-1][2] or 0:.2f}")
+        probes += _probe(others, how) if others else ()
+    except ConfigError:
+        raise
+    except SimulationError as error:
+        lost, ended = str(error), source.ended if len(executed) < repeats else []
+    if probes:
+        setup = _with_overhead(setup, fitted_overhead(probes), said)
+    system = as_executed(setup.system, how.mode)
+    return Validation(
+        setup=setup,
+        mode=how.mode,
+        device=how.device,
+        predicted=_simulate(setup, system),
+        runs=[_with_replay(setup, system, *one, how.mode) for one in executed],
+        lost=lost,
+        ended=ended,
+    )
 
 
 def as_executed(system: System, mode: str) -> System:
@@ -124,7 +149,9 @@ def _execute(setup: Setup, source: Source, how: Execution) -> Result:
     return execute(setup.problem, setup.system, source, how, predictor=setup.predictor, until_s=setup.scenario.until_s)
 
 
-def _with_replay(setup: Setup, system: System, result: Result, source: Watched, mode: str) -> RealRun:
+def _with_replay(
+    setup: Setup, system: System, result: Result, source: Watched, load: float | None, mode: str
+) -> RealRun:
     recorded = Recorded(result, setup.problem.cluster, moves=mode == "wall-clock")
     replayed, diverged = None, None
     try:
@@ -137,7 +164,7 @@ def _with_replay(setup: Setup, system: System, result: Result, source: Watched, 
         pairs=tuple(recorded.pairs),
         replayed=replayed,
         diverged=diverged,
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        load=load,
     )
 
 
@@ -145,19 +172,45 @@ def _with_replay(setup: Setup, system: System, result: Result, source: Watched, 
 
 
 def measured_overhead(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Overhead:
-    """Seconds per step and per sequence, and how much slower kernels are: fitted to a run that no comparison uses.
+    """Fitted to one execution of the first ``count`` requests of a setup, which should have no overhead yet."""
+    return fitted_overhead(_probe(setup, how, count))
 
-    It serves the first ``count`` requests of the setup, which should have no overhead yet, and another seed than what
-    is validated. Least absolute relative deviations: steps that something else on the machine held up count no more
-    than others, nor do long ones.
-    """
+
+def _others(setup: Setup) -> Setup:
+    """Of the same scenario without overhead, and of another seed: requests that nothing is compared with."""
+    scenario = setup.scenario
+    if scenario.overhead is not None:
+        raise ConfigError(f"--overhead: {scenario.where} has an overhead already; drop one of them")
+    return resolve(scenario.model_copy(update={"seed": scenario.seed + 1000, "overhead": OverheadSpec()}))
+
+
+def _probe(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Sequence[StepPair]:
+    """The steps of an execution, each with what the latency model says of it."""
     source = Watched(First(setup.requests.source(), count))
     recorded = Recorded(_execute(setup, source, how), setup.problem.cluster, moves=how.mode == "wall-clock")
     simulate(
         setup.problem, as_executed(setup.system, how.mode), First(setup.requests.source(), count),
         predictor=setup.predictor, until_s=setup.scenario.until_s, hardware=recorded,
     )  # fmt: skip
-    step_s, sequence_s, slowdown = _least_deviations(recorded.pairs)
+    return recorded.pairs
+
+
+def _with_overhead(setup: Setup, found: Overhead, said: Callable[[str], None]) -> Setup:
+    said(
+        f"kernels take {found.slowdown:.3f} times as long as in the profile; beside them a step takes "
+        f"{found.step_s * 1e3:.2f} ms, and {found.sequence_s * 1e3:.3f} ms a sequence"
+    )
+    spec = OverheadSpec(step_s=found.step_s, sequence_s=found.sequence_s, slowdown=found.slowdown)
+    return resolve(setup.scenario.model_copy(update={"overhead": spec}))
+
+
+def fitted_overhead(pairs: Sequence[StepPair]) -> Overhead:
+    """Seconds per step and per sequence, and how much slower kernels are than the latency model says.
+
+    Least absolute relative deviations: steps that something else on the machine held up count no more than others,
+    nor do long ones.
+    """
+    step_s, sequence_s, slowdown = _least_deviations(pairs)
     return Overhead(step_s=step_s, sequence_s=sequence_s, slowdown=slowdown)
 
 
