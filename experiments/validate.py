@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 OVERHEAD_REQUESTS = 80
 """Of each execution that an overhead is fitted to."""
+HELD_UP = 2.0
 LEAST_SLOWDOWN = 0.1
 """No machine is ten times as fast as when it was calibrated."""
 
@@ -207,25 +208,32 @@ def _with_overhead(setup: Setup, found: Overhead, said: Callable[[str], None]) -
 def fitted_overhead(pairs: Sequence[StepPair]) -> Overhead:
     """Seconds per step and per sequence, and how much slower kernels are than the latency model says.
 
-    Least absolute relative deviations: steps that something else on the machine held up count no more than others,
-    nor do long ones.
+    Least squares of relative errors, since queues feel the mean, over the steps that took at most ``HELD_UP`` times
+    what a fit by least absolute deviations says: those that something else held up for long do not count.
     """
-    step_s, sequence_s, slowdown = _least_deviations(pairs)
-    return Overhead(step_s=step_s, sequence_s=sequence_s, slowdown=slowdown)
-
-
-def _least_deviations(pairs: Sequence[StepPair]) -> tuple[float, float, float]:
-    """Non-negative a, b, c that minimise the sum of |a + b sequences + c predicted - measured| / measured."""
-    from scipy.optimize import linprog
+    from scipy.optimize import lsq_linear
 
     shares = np.array([(1, pair.decode_seqs + pair.chunks, pair.predicted_s) for pair in pairs])
-    design = shares / np.array([pair.measured_s for pair in pairs])[:, None]
-    over = np.eye(len(pairs))
-    costs = [0, 0, 0, *np.ones(2 * len(pairs))]
-    bounds = [(0, None), (0, None), (LEAST_SLOWDOWN, None), *[(0, None)] * (2 * len(pairs))]
-    found = linprog(costs, A_eq=np.hstack([design, over, -over]), b_eq=np.ones(len(pairs)), bounds=bounds)
+    measured_s = np.array([pair.measured_s for pair in pairs])
+    expected = shares @ _least_deviations(shares / measured_s[:, None])
+    kept = measured_s <= HELD_UP * expected
+    rows = shares[kept] / expected[kept, None]
+    measured = measured_s[kept] / expected[kept]
+    found = lsq_linear(rows, measured, bounds=([0, 0, LEAST_SLOWDOWN], np.inf)).x
+    return Overhead(step_s=float(found[0]), sequence_s=float(found[1]), slowdown=float(found[2]))
+
+
+def _least_deviations(design: np.ndarray) -> np.ndarray:
+    """Non-negative factors of the columns that bring the rows nearest to 1, by the sum of absolute deviations."""
+    from scipy.optimize import linprog
+
+    count = len(design)
+    over = np.eye(count)
+    costs = [0, 0, 0, *np.ones(2 * count)]
+    bounds = [(0, None), (0, None), (LEAST_SLOWDOWN, None), *[(0, None)] * (2 * count)]
+    found = linprog(costs, A_eq=np.hstack([design, over, -over]), b_eq=np.ones(count), bounds=bounds)
     assert found.x is not None, "every overhead is feasible, and the sum is at least 0"
-    return float(found.x[0]), float(found.x[1]), float(found.x[2])
+    return np.asarray(found.x[:3], dtype=float)
 
 
 class First:
