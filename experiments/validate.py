@@ -106,12 +106,12 @@ def validate(
     source = Watched(setup.requests.source())
     try:
         for number in range(repeats):
-            probes += _probe(others, how) if others else ()
+            probes += probe(others, how) if others else ()
             source = Watched(setup.requests.source())
             result = _execute(setup, source, how)
             executed.append((result, source, os.getloadavg()[0] if hasattr(os, "getloadavg") else None))
             said(f"run {number + 1} of {repeats}: {result.makespan_s:.1f} s, load average {executed[-1][2] or 0:.2f}")
-        probes += _probe(others, how) if others else ()
+        probes += probe(others, how) if others else ()
     except ConfigError:
         raise
     except SimulationError as error:
@@ -172,11 +172,6 @@ def _with_replay(
 # ---------------------------------------------------------------- what a step takes beside its kernels
 
 
-def measured_overhead(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Overhead:
-    """Fitted to one execution of the first ``count`` requests of a setup, which should have no overhead yet."""
-    return fitted_overhead(_probe(setup, how, count))
-
-
 def _others(setup: Setup) -> Setup:
     """Of the same scenario without overhead, and of another seed: requests that nothing is compared with."""
     scenario = setup.scenario
@@ -185,7 +180,7 @@ def _others(setup: Setup) -> Setup:
     return resolve(scenario.model_copy(update={"seed": scenario.seed + 1000, "overhead": OverheadSpec()}))
 
 
-def _probe(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Sequence[StepPair]:
+def probe(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Sequence[StepPair]:
     """The steps of an execution, each with what the latency model says of it."""
     source = Watched(First(setup.requests.source(), count))
     recorded = Recorded(_execute(setup, source, how), setup.problem.cluster, moves=how.mode == "wall-clock")

@@ -26,7 +26,7 @@ from experiments.commands_validate import print_report, tolerances
 from experiments.recorded_steps import Recorded
 from experiments.resolve import Setup, resolve
 from experiments.scenario import OverheadSpec, Scenario
-from experiments.validate import RealRun, Validation, Watched, measured_overhead, validate
+from experiments.validate import RealRun, Validation, Watched, fitted_overhead, probe, validate
 from experiments.validation_report import attribution, beyond, figures, request_table, summary
 from sim.engine import simulate
 from sim.engine.clock import BOUNDARY
@@ -176,7 +176,7 @@ def test_an_overhead_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return simulate(dear.problem, dear.system, source, predictor=dear.predictor, hardware=Disturbed(dear))
 
     monkeypatch.setattr(validation, "_execute", executed)
-    found = measured_overhead(setup, MEASURED, count=30)
+    found = fitted_overhead(probe(setup, MEASURED, count=30))
     assert found.step_s == pytest.approx(0.003, rel=1e-6)
     assert found.sequence_s == pytest.approx(0.0005, rel=1e-6)
     assert found.slowdown == pytest.approx(1.2, rel=1e-6)
