@@ -41,6 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MAKE = """
 import sys
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, decoders
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from experiments.dialect import WORDS
@@ -53,6 +54,7 @@ fast.save_pretrained(sys.argv[1])
 config = LlamaConfig(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None,
                      eos_token_id=1, pad_token_id=None)
+torch.manual_seed(0)  # other weights may begin with the end-of-sequence token, which has no text
 LlamaForCausalLM(config).save_pretrained(sys.argv[1])
 """
 
