@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the folder of public measurements is absent: {folder}")
     return folder
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The config file of a model of two layers that calibrations of seconds measure."""
+    from tests.test_calibrate_points import TINY
+
+    path = tmp_path / "tiny" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(TINY))
+    return path

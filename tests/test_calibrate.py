@@ -67,14 +67,6 @@ def laws(scale: float = 1.0, **changes: object) -> Law:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny" / "config.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(TINY))
-    return path
-
-
-@pytest.fixture
 def one_thread() -> object:
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()

@@ -22,14 +22,6 @@ from tests.test_calibrate import OPT, chunk_s, decode_s, laws, settings, sum_s
 from tests.test_calibrate_points import TINY
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny" / "config.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(TINY))
-    return path
-
-
 def rest_s(layers: int, tokens: int, sequences: int) -> float:
     """What a step takes beside its operators: of layers, tokens, sequences and the step."""
     in_layer_s = 3e-5 + 1e-7 * (tokens + sequences) + 5e-6 * sequences

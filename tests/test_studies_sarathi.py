@@ -107,9 +107,9 @@ def test_sarathi_serve_section_3_3_the_bubble_of_950_ms() -> None:
 
 
 def test_sarathi_serve_figure_10_keeps_a_strict_bound_at_several_times_the_rate() -> None:
-    """Yi-34B, P99 TBT 0.2 s: 3.7x vLLM printed. A trace of 30 s is short: within a factor of 1.75."""
-    ours = online.capacity(online.YI, online.sarathi_serve(online.YI, 512), 0.2, 30.0)
-    assert 2.1 < ours / online.capacity(online.YI, online.vllm(online.YI), 0.2, 30.0) < 6.5
+    """Yi-34B, P99 TBT 0.2 s: 3.7x vLLM printed."""
+    ours = online.capacity(online.YI, online.sarathi_serve(online.YI, 512), 0.2, 90.0)
+    assert 2.5 < ours / online.capacity(online.YI, online.vllm(online.YI), 0.2, 90.0) < 5.5
 
 
 def test_a_plan_across_machines_splits_stages_or_tensors() -> None:

@@ -24,6 +24,7 @@ from experiments.fidelity.recorded import RecordedRun, read_run
 from experiments.fidelity.report import rows_frame, table
 from experiments.fidelity.setup import Following, Recorded, run
 from experiments.fidelity.table import Row, Study
+from experiments.resolve import ENGINE
 from sim import Request, Result
 from sim.cluster import Cluster, Gpu
 from sim.cost import Overhead, Profile
@@ -55,7 +56,7 @@ def overhead(facts: Facts) -> Overhead:
 def profiles(gpu: Gpu) -> list[Profile]:
     """What is known of a GPU type under vLLM: what is shipped, then what its relative makes likely."""
     relative = kernels_for(gpu)
-    shipped = [read_profile(path) for name, path in shipped_profiles().items() if name.startswith("vllm-")]
+    shipped = [read_profile(path) for name, path in shipped_profiles().items() if name.startswith(ENGINE)]
     return shipped if relative is None else [*shipped, relative]
 
 
