@@ -46,11 +46,20 @@ class SharePart(Part):
     share: Share
 
 
+class FlowPart(Part):
+    """Tokens per second from one node to the next; without ``source`` from outside, without ``target`` to it."""
+
+    source: str | None = None
+    target: str | None = None
+    tokens_per_s: Annotated[float, Field(gt=0)]
+
+
 class PlanPart(Part):
-    """A plan file. Without shares the system's router chooses by itself."""
+    """A plan file. Without shares (of replicas) or flows (of nodes) the system's router chooses by itself."""
 
     replicas: Annotated[tuple[ReplicaPart, ...], Field(min_length=1)]
     shares: tuple[SharePart, ...] = ()
+    flows: tuple[FlowPart, ...] = ()
 
 
 def read_plan(path: str | Path, problem: Problem) -> Plan:
@@ -90,6 +99,11 @@ def plan_yaml(plan: Plan) -> str:
             for (prefill, decode), share in plan.shares.items()
             if round(share, 6) > 0
         ]
+    if plan.flows:
+        data["flows"] = [
+            {name: end for name, end in (("source", source), ("target", target)) if end} | {"tokens_per_s": flow}
+            for (source, target), flow in plan.flows.items()
+        ]
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
 
 
@@ -111,6 +125,9 @@ def _plan(part: PlanPart) -> Plan:
         for replica in part.replicas
     )
     names = {replica.name for replica in replicas}
+    flows = {(row.source or "", row.target or ""): row.tokens_per_s for row in part.flows}
+    for end in {end for pair in flows for end in pair if end} - names:
+        raise ConfigError(f"flows: {end!r} is not one of its replicas; they are {', '.join(names)}")
     for place, row in enumerate(part.shares):
         for end in (row.prefill, row.decode):
             if end not in names:
@@ -120,4 +137,4 @@ def _plan(part: PlanPart) -> Plan:
         raise ConfigError("shares: a pair occurs twice; name each once")
     if shares and abs(sum(shares.values()) - 1) > SUM_TOLERANCE:
         raise ConfigError(f"shares: they add up to {sum(shares.values()):g}; they must add up to 1")
-    return Plan(replicas=replicas, shares=shares)
+    return Plan(replicas=replicas, shares=shares, flows=flows)

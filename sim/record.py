@@ -32,6 +32,9 @@ TRACE_COLUMNS = ("session", "priority", "samples", "beam_search", "prefix", "pre
 """What a replay needs beside arrival, lengths and class; prefix hashes are text, as in a trace file."""
 REQUEST_COLUMNS = (*MEASURED_COLUMNS, *TRACE_COLUMNS)
 
+ON_THE_WAY = " > "
+"""Between the nodes of a path, in the columns of a request's places."""
+
 
 CohortId = tuple[int, int]
 """Running numbers of the replica, and of the cohort on it."""

@@ -142,6 +142,7 @@ class Stage:
 class Replica:
     """Stages that together hold the whole model and share one scheduler and one KV ledger.
 
+    Or, in a plan of nodes, one stage with a part of the layers, which requests pass on their way through several.
     ``role`` is a label for policies: the engine itself runs any work on any replica.
     """
 
@@ -161,10 +162,18 @@ class Replica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Where the model is, and optionally which share of the requests takes which (prefill, decode) pair."""
+    """Where the model is, and optionally which share of the requests takes which (prefill, decode) pair.
+
+    ``flows``: in a plan of nodes, tokens per second from one replica to the next; "" is where they come from and go to.
+    """
 
     replicas: tuple[Replica, ...]
     shares: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    flows: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    def of_nodes(self, num_layers: int) -> bool:
+        """Whether a replica holds a part of the model's layers only, so that requests pass from one to another."""
+        return any(r.stages[0].first_layer > 0 or r.stages[-1].end_layer < num_layers for r in self.replicas)
 
 
 class Route(NamedTuple):

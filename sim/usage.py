@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sim.model import ModelSpec
 from sim.policy import Problem
-from sim.record import ReplicaRow, Result
+from sim.record import ON_THE_WAY, ReplicaRow, Result
 from sim.types import to_ps, to_s
 
 
@@ -155,7 +155,7 @@ def mfu_by_replica(result: Result, problem: Problem) -> dict[str, float | None]:
     """Model FLOPs utilisation of each replica (by name) while it was up.
 
     A request counts for the replicas of its last route: its prompt for the one that prefills, the rest for the one
-    that decodes.
+    that decodes. ``None`` for all where requests pass several nodes, of whose parts the rows do not tell.
     """
     window = Window.of(result)
     able: dict[str, float] = defaultdict(float)
@@ -168,7 +168,8 @@ def mfu_by_replica(result: Result, problem: Problem) -> dict[str, float | None]:
         names, place = np.unique(result.columns[phase].astype(str), return_inverse=True)
         for name, total in zip(names.tolist(), np.bincount(place, flops).tolist(), strict=True):
             done[name] += total
-    return {name: per(done[name], flops) for name, flops in able.items()}
+    passed = any(ON_THE_WAY in name for name in done)
+    return {name: None if passed else per(done[name], flops) for name, flops in able.items()}
 
 
 def bubble_share(result: Result, row: ReplicaRow) -> float | None:

@@ -21,6 +21,7 @@ from sim.systems.distserve import ReplanOnShift
 from sim.systems.splitwise import Repurpose
 from sim.systems.tetriinfer import FlipIdle
 from sim.systems.thunderserve import Reschedule
+from sim.types import Replica, Stage
 from tests.toys import ToyCost, cluster, problem, run, with_limits
 
 SPLIT = {"prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 2, "tp": 1}}
@@ -65,6 +66,23 @@ def rescheduling(system: System, lightweight: bool) -> System:
             search, lightweight=lightweight, interval_s=0.2, window_s=0.5, fewest_requests=5
         ),
     )
+
+
+class Nodes:
+    """Nodes of one GPU with a part of the layers, ranges that overlap, two chains and more."""
+
+    def plan(self, problem: Problem) -> Plan:
+        layers = {"n0.g0": (0, 1), "n0.g1": (0, 2), "n1.g0": (1, 2), "n1.g1": (0, 1)}
+        return Plan(
+            replicas=tuple(
+                Replica(name=gpu, stages=(Stage(name=gpu, gpus=(gpu,), first_layer=first, end_layer=end),))
+                for gpu, (first, end) in layers.items()
+            )
+        )
+
+
+def over_nodes(**options: Any) -> System:
+    return replace(SYSTEMS["helix"](**options), planner=Nodes())
 
 
 def reserving(name: str, **options: Any) -> System:
@@ -155,11 +173,18 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "hexgen-2": lambda: replace(
         SYSTEMS["hexgen-2"](), planner=Split(prefill=Pool(replicas=2, tp=1), decode=Pool(tp=1))
     ),
+    "helix": lambda: over_nodes(),
+    "helix random": lambda: over_nodes(routing="random"),
+    "helix shortest-queue, one prompt a batch": lambda: over_nodes(routing="shortest-queue", max_prompts=1),
     "splitwise as splitwise-sim": lambda: SYSTEMS["splitwise"](
         prompt_queue_tokens=300, compat="splitwise_sim", **SPLIT
     ),
 }
 """Every system in every mode that schedules differently; a new system adds its own lines."""
+
+
+WITHOUT_PREFIXES = {"helix"}
+"""Nodes with a part of the layers share no prefixes, and say so."""
 
 
 def test_every_system_is_under_the_law() -> None:
@@ -211,11 +236,14 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
 def both_modes(
     make: Callable[[], System], world: dict[str, Any], requests: list[Request], **more: Any
 ) -> tuple[Result, Result]:
-    system = with_limits(make(), **world["limits"])
+    limits = world["limits"]
+    if make().name in WITHOUT_PREFIXES:
+        limits = limits | {"prefix_caching": False}
+    system = with_limits(make(), **limits)
     where = problem(cluster(gpus=2, nodes=2, gbps=world["gbps"]), world["cost"])
     more["predictor"] = system.predictor or TrueLength()
     collapsed = run(system, requests, where, **more)
-    return collapsed, run(with_limits(make(), **world["limits"]), requests, where, step_by_step=True, **more)
+    return collapsed, run(with_limits(make(), **limits), requests, where, step_by_step=True, **more)
 
 
 def check(collapsed: Result, stepped: Result, requests: list[Request]) -> None:

@@ -98,6 +98,16 @@ def test_a_plan_file_says_the_same_when_it_is_read(tmp_path: Path) -> None:
     assert dict(again.shares) == pytest.approx(dict(written.shares), abs=1e-6)
 
 
+def test_a_plan_of_nodes_keeps_its_flows(tmp_path: Path) -> None:
+    setup = resolve(Scenario.of({**WORLD, "system": {"name": "helix", "tp": 4, "moves": 5}}))
+    written = setup.system.planner.plan(setup.problem)
+    file = tmp_path / "plan.yaml"
+    file.write_text(plan_yaml(written))
+    again = read_plan(file, setup.problem)
+    assert [replica.name for replica in again.replicas] == [replica.name for replica in written.replicas]
+    assert dict(again.flows) == dict(written.flows) != {}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -105,7 +115,7 @@ def test_a_plan_file_says_the_same_when_it_is_read(tmp_path: Path) -> None:
             "replicas: [{name: a, stages: [{gpus: [n7.g0], layers: [0, 40]}]}]",
             "GPU 'n7.g0', which the cluster does not",
         ),
-        ("replicas: [{name: a, stages: [{gpus: [n0.g0], layers: [0, 39]}]}]", "holds 39 layers; llama-13b has 40"),
+        ("replicas: [{name: a, stages: [{gpus: [n0.g0], layers: [0, 39]}]}]", "no replica holds layer 39"),
         ("replicas: [{name: a, stage: []}]", "did you mean 'stages'"),
         ("replicas: []", "must have at least 1 entry"),
         ("[1, 2]", "must be a mapping"),
@@ -119,6 +129,11 @@ def test_a_plan_file_says_the_same_when_it_is_read(tmp_path: Path) -> None:
             "{replicas: [{name: a, stages: [{gpus: [n0.g0], layers: [0, 40]}]}],"
             " shares: [{prefill: a, decode: a, share: 0.5}]}",
             "they add up to 0.5",
+        ),
+        (
+            "{replicas: [{name: a, stages: [{gpus: [n0.g0], layers: [0, 40]}]}],"
+            " flows: [{source: b, tokens_per_s: 1}]}",
+            "'b' is not one of its replicas",
         ),
     ],
 )

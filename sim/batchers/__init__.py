@@ -9,6 +9,7 @@ from sim.batchers.common import refuse_if_full
 from sim.batchers.decode_maximal import DecodeMaximal, smallest_efficient_chunk
 from sim.batchers.disaggregated import Disaggregated
 from sim.batchers.mixed_prompts import MixedPrompts
+from sim.batchers.passing import Passing
 from sim.batchers.pausing_mixed import PausingMixed
 from sim.batchers.prefill_first import PrefillFirst
 from sim.batchers.reserving import IterationLevel, RequestLevel, reserved_tokens
@@ -23,6 +24,7 @@ __all__ = [
     "Disaggregated",
     "IterationLevel",
     "MixedPrompts",
+    "Passing",
     "PausingMixed",
     "PrefillFirst",
     "RequestLevel",

@@ -18,7 +18,7 @@ from sim.engine.links import Flow
 from sim.engine.replica import ReplicaState
 from sim.engine.setup import bind_cost, check_plan
 from sim.record import NoteRow
-from sim.types import Change, ClusterEvent, ConfigError, Plan, Replica, Signal, SignalKind, to_ps, to_s
+from sim.types import Change, ClusterEvent, ConfigError, Plan, PolicyError, Replica, Signal, SignalKind, to_ps, to_s
 
 if TYPE_CHECKING:
     from sim.engine.run import Engine
@@ -168,6 +168,8 @@ class Changes:
         self._settle_in([job])
 
     def _displace(self, job: Job) -> None:
+        if self.engine.paths is not None:
+            self.engine.paths.leave(job)
         self.engine.router.finished(job)
         job.route = None
         job.epoch += 1
@@ -196,6 +198,11 @@ class Changes:
         """Move from the current plan to another."""
         engine = self.engine
         check_plan(change.plan, engine.problem)
+        if change.plan.of_nodes(engine.problem.model.num_layers) != (engine.paths is not None):
+            raise PolicyError(
+                f"{type(self.rescheduler).__name__} changes between nodes that hold a part of the layers and replicas "
+                "that hold them all; a run is of the one or of the other"
+            )
         self.note("change", change.reason)
         wanted = {spec.leg: spec for spec in change.plan.replicas}
         self._revise_loads(wanted)

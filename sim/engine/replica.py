@@ -191,10 +191,10 @@ class ReplicaState:
 
     def too_long(self, job: Job, tokens: int) -> str | None:
         """Why the job can never have so many tokens in the KV cache here, or None."""
-        if job.blocks_for(tokens, self.ledger.block_size) > self.ledger.total:
-            capacity = self.ledger.total * self.block_size
-            return f"{tokens} tokens exceed the {capacity} that the KV cache of {self.name} holds"
-        reason = self.batcher.refuse(job, tokens, self.ledger.total, self.limits)
+        total = self.total_blocks
+        if job.blocks_for(tokens, self.block_size) > total:
+            return f"{tokens} tokens exceed the {total * self.block_size} that the KV cache of {self.name} holds"
+        reason = self.batcher.refuse(job, tokens, total, self.limits)
         return None if reason is None else f"{self.name}: {reason}"
 
     def enqueue(self, job: Job, *, in_front: bool = False) -> None:

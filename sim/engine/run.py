@@ -23,6 +23,8 @@ from sim.engine.job import Job, block_hashes
 from sim.engine.links import Links
 from sim.engine.log import log_flight, log_replica, request_row
 from sim.engine.moves import Moves
+from sim.engine.node import Node
+from sim.engine.paths import Paths
 from sim.engine.replica import Flight, ReplicaState
 from sim.engine.setup import build_replica, check_plan
 from sim.engine.view import SystemView
@@ -104,6 +106,7 @@ class Engine:
         self.router = system.router()
         self.transfer = system.transfer()
         self.moves = Moves(self)
+        self.paths = Paths(self) if plan.of_nodes(problem.model.num_layers) else None
         self.by_leg: dict[tuple[str, ...], ReplicaState] = {}
         self.unfinished = 0
         self.finished = 0
@@ -172,6 +175,9 @@ class Engine:
                 self.changes.stranded.append(job)
                 return
             self.finish(job, "failed" if job.epoch else "rejected", route.reason)
+            return
+        if self.paths is not None:
+            self.paths.enter(job, route)
             return
         prefill = self.resolve(route.prefill, job)
         decode = None if route.decode is None else self.resolve(route.decode, job)
@@ -247,6 +253,10 @@ class Engine:
 
     def _dispatch(self, replica: ReplicaState, now_ps: int) -> None:
         """Let the replica go on, and look whether KV that waits for room here may come in."""
+        if isinstance(replica, Node):
+            assert self.paths is not None
+            self.paths.start(replica, now_ps)
+            return
         self._fill_lanes(replica, now_ps)
         if replica.inbox and (replica.inbox[0].blocks <= replica.ledger.free or replica.only_holds):
             self.clock.at(now_ps + 1, self.moves.let_in, replica)
@@ -382,8 +392,9 @@ class Engine:
     def bring_up(self, spec: Replica) -> None:
         batcher = self.system.batcher(spec.role)
         self.by_leg[spec.leg] = build_replica(
-            self.numbers, spec, self.problem, self.system.limits, self.cost, batcher, self.changes.slow, self.clock
-        )
+            self.numbers, spec, self.problem, self.system.limits, self.cost, batcher, self.changes.slow, self.clock,
+            of_nodes=self.paths is not None,
+        )  # fmt: skip
         self.numbers += 1
 
     def put_away(self, replica: ReplicaState) -> None:

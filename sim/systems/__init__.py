@@ -10,6 +10,7 @@ from collections.abc import Callable
 from sim.policy import System
 from sim.systems.distserve import distserve
 from sim.systems.fastertransformer import fastertransformer
+from sim.systems.helix import helix
 from sim.systems.hexgen2 import hexgen2
 from sim.systems.orca import orca
 from sim.systems.sarathi import sarathi
@@ -30,4 +31,5 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "distserve": distserve,
     "thunderserve": thunderserve,
     "hexgen-2": hexgen2,
+    "helix": helix,
 }
