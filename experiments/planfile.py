@@ -36,6 +36,7 @@ class ReplicaPart(Part):
     name: str
     role: Role = "mixed"
     stages: Annotated[tuple[StagePart, ...], Field(min_length=1)]
+    models: tuple[str, ...] = ()
 
 
 class SharePart(Part):
@@ -90,6 +91,7 @@ def plan_yaml(plan: Plan) -> str:
                     for stage in replica.stages
                 ],
             }
+            | ({"models": list(replica.models)} if replica.models else {})
             for replica in plan.replicas
         ]
     }
@@ -112,6 +114,7 @@ def _plan(part: PlanPart) -> Plan:
         Replica(
             name=replica.name,
             role=replica.role,
+            models=replica.models,
             stages=tuple(
                 Stage(
                     name=f"{replica.name}.{number}",

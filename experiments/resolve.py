@@ -194,7 +194,12 @@ def known_workload(requests: RequestStream) -> Workload:
     loop = requests.workload.closed_loop
     arrivals_s = [item.arrival_s for item in head]
     rate_per_s = _rate_per_s(arrivals_s) if loop is None else loop.clients / (loop.think_s + ASSUMED_ANSWER_S)
-    return Workload(rate_per_s=rate_per_s, lengths=tuple((item.input_tokens, item.output_tokens) for item in head))
+    counts = Counter(item.klass for item in head if item.klass is not None)
+    return Workload(
+        rate_per_s=rate_per_s,
+        lengths=tuple((item.input_tokens, item.output_tokens) for item in head),
+        classes={name: count / len(head) for name, count in sorted(counts.items())},
+    )
 
 
 def _rate_per_s(arrivals_s: Sequence[float]) -> float:

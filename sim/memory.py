@@ -11,47 +11,109 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
+from sim.model import ModelSpec
 from sim.policy import Limits, Problem
 from sim.types import SimulationError, Stage
 
-RUNTIME_BYTES = 0.56 * 2**30
-"""What CUDA's context and vLLM take of a GPU beside weights, activations and KV: 0.13 GiB that vLLM reports, and nine
-tenths of the 0.48 GiB of the total that it does not see."""
-TP_RUNTIME_BYTES = 0.42 * 2**30
-"""More of the same where there are collectives."""
-SAMPLER_BYTES = 38
-"""Of every logit at the peak of vLLM's sampler, which it tries with ``max_num_seqs`` sequences before it counts blocks.
-
-These three: llm-d/llm-d-benchmark 2593348, empirical-vllm-memory-results.md (vLLM of 2025 on H100: Llama-3.1-8B and
-3.3-70B, Qwen3-0.6B and 32B, gpt-oss-20b: 38.4 to 39.5 bytes). KV of other servers, predicted: Qwen3-32B on two H100
-34.7 GiB a GPU (33.7 in LMCache's FAQ), Llama-3.1-8B on an RTX 4090 2,513 blocks (2,588, LLMServingSim)."""
 DEFAULT_BATCHED_TOKENS = 2048
+UNSEEN_BYTES = 0.47 * 2**30
+"""Of a GPU's memory, what the driver keeps and no process is told of (H100, RTX 4090: nvidia-smi's total less torch's)."""
+FUSING_BYTES_PER_S = 350e9
+"""Of a GPU's NVLink, from which on all-reduces are fused with norms: Hopper and later."""
 
 
-def kv_bytes_available(problem: Problem, stage: Stage, limits: Limits) -> float:
-    """Bytes per GPU of a stage left for KV, after weights, activations and the runtime (may be negative)."""
-    model = problem.model
-    memory_bytes = min(problem.cluster.gpu(gpu).memory_bytes for gpu in stage.gpus) * limits.gpu_memory_utilization
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What a release of vLLM keeps of every GPU beside weights, KV and the activations of the layers.
+
+    ``own_bytes``: CUDA's and its own buffers; ``tp_bytes``: more where there are collectives; ``fused_tp_bytes``: the
+    same where those are fused with norms. ``logit_bytes``: of every logit at the peak of the sampler, which is tried
+    with ``max_num_seqs`` sequences before blocks are counted. ``experts_stay``: the workspace of a mixture of experts is
+    still there then. ``graphs_bytes``: CUDA graphs, where they are set aside.
+    """
+
+    own_bytes: float
+    tp_bytes: float
+    fused_tp_bytes: float
+    logit_bytes: float
+    experts_stay: bool = True
+    graphs_bytes: float = 0.0
+
+
+GIB = 2**30
+VALUE_BYTES = 2
+_FIRST = Runtime(
+    own_bytes=0.13 * GIB, tp_bytes=0.42 * GIB, fused_tp_bytes=0.42 * GIB, logit_bytes=38, experts_stay=False
+)
+_SEVENTEEN = replace(_FIRST, logit_bytes=15.4, experts_stay=True)
+_EIGHTEEN = replace(_SEVENTEEN, own_bytes=0.25 * GIB, fused_tp_bytes=1.85 * GIB)
+RUNTIMES = (
+    ((0, 0), _FIRST),
+    ((0, 17), _SEVENTEEN),
+    ((0, 18), _EIGHTEEN),
+    ((0, 21), replace(_EIGHTEEN, graphs_bytes=0.84 * GIB)),
+)
+"""By vLLM's first release that it holds for. Up to 0.16: llm-d/llm-d-benchmark 2593348,
+empirical-vllm-memory-results.md (H100). From 0.17 on: Llama-3.1-8B and Qwen2.5-7B at TP 1 and 2 in jgchn/llm-d-planner
+30ec05f, accuracy/results/v0.19.0 (H100), and its report's Qwen3-14B by release. Graphs: the same runs' median; set
+aside from 0.21 on (vllm-project/vllm 30515, 45178). ``experiments/fidelity/memory.py`` judges all by other servers."""
+LATEST = (0, 19)
+"""The release that stands for vLLM where none is named: the kernel tables are of it."""
+
+
+def runtime(version: tuple[int, ...] = LATEST) -> Runtime:
+    """What holds for a release of vLLM."""
+    return [found for first, found in RUNTIMES if first <= version][-1]
+
+
+def kv_bytes_available(
+    problem: Problem, stage: Stage, limits: Limits, kept: Runtime | None = None, copies: int = 1
+) -> float:
+    """Bytes per GPU of a stage left for KV, after weights, activations and the runtime (may be negative).
+
+    ``kept``: a release's own; None: that of ``LATEST``. ``copies``: of the weights, where models share the GPUs.
+    """
+    model, kept = problem.model, kept or runtime()
+    gpus = [problem.cluster.gpu(gpu) for gpu in stage.gpus]
+    memory_bytes = (min(gpu.memory_bytes for gpu in gpus) - UNSEEN_BYTES) * limits.gpu_memory_utilization
     tokens = limits.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS
     width = 4 * model.hidden_size + 3 * model.intermediate_size / stage.tp
     activation_bytes = 2 * tokens * width
     if stage.end_layer == model.num_layers:
-        activation_bytes = max(activation_bytes, SAMPLER_BYTES * limits.max_num_seqs * model.vocab_size)
-    weight_bytes = model.weight_bytes(stage.first_layer, stage.end_layer) / stage.tp
-    runtime_bytes = RUNTIME_BYTES + (TP_RUNTIME_BYTES if stage.tp > 1 else 0)
-    return memory_bytes - weight_bytes - activation_bytes - runtime_bytes
+        sampler_bytes = kept.logit_bytes * limits.max_num_seqs * model.vocab_size
+        if kept.experts_stay:
+            sampler_bytes += _experts_bytes(model, tokens, stage.tp)
+        activation_bytes = max(activation_bytes, sampler_bytes)
+    weight_bytes = copies * model.weight_bytes(stage.first_layer, stage.end_layer) / stage.tp
+    kept_bytes = kept.own_bytes + kept.graphs_bytes
+    if stage.tp > 1:
+        fused = all((gpu.nvlink_bytes_per_s or 0.0) >= FUSING_BYTES_PER_S for gpu in gpus)
+        kept_bytes += kept.fused_tp_bytes if fused else kept.tp_bytes
+    return memory_bytes - weight_bytes - activation_bytes - kept_bytes
 
 
-def kv_blocks(problem: Problem, stages: tuple[Stage, ...], limits: Limits) -> int:
-    """Blocks that every stage has room for; 0 if the model does not fit."""
+def _experts_bytes(model: ModelSpec, tokens: int, tp: int) -> float:
+    """What vLLM's grouped GEMMs write between them, gate and up projection in the room of the result."""
+    if model.experts_per_token is None or model.moe_intermediate_size is None:
+        return 0.0
+    inner = model.moe_intermediate_size / tp
+    return tokens * model.experts_per_token * (max(2 * inner, model.hidden_size) + inner) * VALUE_BYTES
+
+
+def kv_blocks(
+    problem: Problem, stages: tuple[Stage, ...], limits: Limits, kept: Runtime | None = None, copies: int = 1
+) -> int:
+    """Blocks that every stage has room for; 0 if the model does not fit. The rest as in ``kv_bytes_available``."""
     if limits.num_kv_blocks is not None:
         return limits.num_kv_blocks
     blocks = []
     for stage in stages:
         per_token = problem.model.kv_bytes_per_token_layer_gpu(stage.tp) * stage.num_layers
-        blocks.append(int(kv_bytes_available(problem, stage, limits) // (per_token * limits.block_size)))
+        free_bytes = kv_bytes_available(problem, stage, limits, kept, copies)
+        blocks.append(int(free_bytes // (per_token * limits.block_size)))
     return max(0, min(blocks))
 
 

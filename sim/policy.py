@@ -57,6 +57,8 @@ class Workload:
     rate_per_s: float
     lengths: tuple[tuple[int, int], ...]
     """(input tokens, output tokens) of sampled requests."""
+    classes: Mapping[str, float] = field(default_factory=dict)
+    """Shares of the requests by class (``Request.klass``), where they have one."""
 
     @property
     def mean_input_tokens(self) -> float:

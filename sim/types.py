@@ -149,6 +149,9 @@ class Replica:
     name: str
     stages: tuple[Stage, ...]
     role: Role = "mixed"
+    models: tuple[str, ...] = ()
+    """The models it serves, where requests ask for several of one shape (``Request.klass``): weights of each are on its
+    GPUs. Empty: one for all."""
 
     @property
     def leg(self) -> tuple[str, ...]:

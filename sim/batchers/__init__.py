@@ -9,6 +9,7 @@ from sim.batchers.common import refuse_if_full
 from sim.batchers.decode_maximal import DecodeMaximal, smallest_efficient_chunk
 from sim.batchers.disaggregated import Disaggregated
 from sim.batchers.mixed_prompts import MixedPrompts
+from sim.batchers.one_model import OneModel
 from sim.batchers.passing import Passing
 from sim.batchers.pausing_mixed import PausingMixed
 from sim.batchers.prefill_first import PrefillFirst
@@ -24,6 +25,7 @@ __all__ = [
     "Disaggregated",
     "IterationLevel",
     "MixedPrompts",
+    "OneModel",
     "Passing",
     "PausingMixed",
     "PrefillFirst",

@@ -210,7 +210,7 @@ class Changes:
         flipped: list[ReplicaState] = []
         for leg, replica in list(engine.by_leg.items()):
             spec = wanted.get(leg)
-            if spec is None or spec.stages != replica.spec.stages:
+            if spec is None or (spec.stages, spec.models) != (replica.spec.stages, replica.spec.models):
                 displaced += self._retire(replica, drain=change.drain)
             elif spec.role != replica.role:
                 replica.role = spec.role
@@ -256,6 +256,7 @@ class Changes:
             self.loads[name] = {}
             for stage in spec.stages:
                 weight_bytes = engine.problem.model.weight_bytes(stage.first_layer, stage.end_layer)
+                weight_bytes *= max(1, len(spec.models))
                 path = engine.problem.cluster.load_path(stage.gpus)
                 self.loads[name][stage.name] = engine.links.start(path, weight_bytes, self._loaded, (name, stage.name))
 
@@ -274,7 +275,7 @@ class Changes:
         """Stop loading what a new plan does not want any more."""
         for name, spec in list(self.loading.items()):
             new = wanted.get(spec.leg)
-            if new is not None and (new.name, new.stages) == (name, spec.stages):
+            if new is not None and (new.name, new.stages, new.models) == (name, spec.stages, spec.models):
                 self.loading[name] = new  # its role may be another
             else:
                 self._drop_load(name)

@@ -82,13 +82,15 @@ def build_replica(
     of_nodes: bool = False,
 ) -> ReplicaState:
     """A replica ready to serve, or a node. Raises ``ConfigError`` if its GPUs cannot hold its layers."""
-    blocks = kv_blocks(problem, spec.stages, limits)
+    copies = max(1, len(spec.models))
+    blocks = kv_blocks(problem, spec.stages, limits, copies=copies)
     if blocks < 1:
-        worst = min(spec.stages, key=lambda stage: kv_bytes_available(problem, stage, limits))
-        short_gb = -kv_bytes_available(problem, worst, limits) / 1e9
+        worst = min(spec.stages, key=lambda stage: kv_bytes_available(problem, stage, limits, copies=copies))
+        short_gb = -kv_bytes_available(problem, worst, limits, copies=copies) / 1e9
         gpu = problem.cluster.gpu(worst.gpus[0]).name
+        what = problem.model.name if copies == 1 else f"{copies} x {problem.model.name}"
         raise ConfigError(
-            f"plan: {problem.model.name} does not fit on stage {worst.name} ({worst.tp} x {gpu}): "
+            f"plan: {what} does not fit on stage {worst.name} ({worst.tp} x {gpu}): "
             f"{max(short_gb, 0.1):.1f} GB a GPU are missing; "
             f"use more GPUs (tp, pp) or raise gpu_memory_utilization ({limits.gpu_memory_utilization})"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sim.policy import System
+from sim.systems.alpaserve import alpaserve
 from sim.systems.distserve import distserve
 from sim.systems.fastertransformer import fastertransformer
 from sim.systems.helix import helix
@@ -32,4 +33,5 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "thunderserve": thunderserve,
     "hexgen-2": hexgen2,
     "helix": helix,
+    "alpaserve": alpaserve,
 }

@@ -122,10 +122,11 @@ class HelixPlacement:
             if blocks < 1:
                 break
             tokens[layers], fit = blocks * limits.block_size, layers
-            if model.weight_bytes(0, layers) <= self.weight_share * memory_bytes:
+            first = int(model.num_layers > layers)  # inner layers, where there are: neither embedding nor head
+            if model.weight_bytes(first, first + layers) <= self.weight_share * memory_bytes:
                 half = layers
         depth = max(1, half // 2)
-        first = int(model.num_layers > depth)  # inner layers, where there are: neither embedding nor head
+        first = int(model.num_layers > depth)
         cost = problem.cost.bind(model, _stage_of(gpus, first, first + depth), problem.cluster)
         of = self.typical or Typical()
         context = of.input_tokens + of.output_tokens // 2
