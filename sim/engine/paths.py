@@ -9,9 +9,8 @@ engine are one and the same here. Read ``node.py`` first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from sim.engine.job import Job
 from sim.engine.node import Hop, Journey, Node, NodeDraft
 from sim.engine.replica import Flight
 from sim.record import ON_THE_WAY
-from sim.types import ConfigError, Line, PolicyError, Route, Stage, Work, to_ps
+from sim.types import ConfigError, Line, PolicyError, Route, Work, to_ps
 
 if TYPE_CHECKING:
     from sim.engine.run import Engine
@@ -42,7 +41,7 @@ class Paths:
             raise ConfigError("plan: nodes with a part of the layers are simulated only; give every replica all layers")
         self._engine = engine
         self._journeys: dict[Job, Journey] = {}
-        self._cost = lru_cache(maxsize=None)(self._bind)
+        self._costs: dict[Hashable, StageCost] = {}
 
     # ------------------------------------------------------------ begin
 
@@ -97,7 +96,9 @@ class Paths:
         """The node's next batch, of what has come."""
         if node.flights or not (node.prompts or node.tokens):
             return
-        draft = NodeDraft(node, now_ps, lambda work: self._whole(node).line(work).first_ps, self._start_over)
+        stage = node.spec.stages[0]
+        whole = self._cost(node, stage.first_layer, stage.end_layer)
+        draft = NodeDraft(node, now_ps, lambda work: whole.line(work).first_ps, self._start_over)
         node.batcher.fill(draft)
         if not draft.journeys:
             return
@@ -123,19 +124,21 @@ class Paths:
         total_ps, outside = 0, False
         for first, end in pairwise(bounds):
             work = _work([journey for journey in journeys if journey.hop.first_layer <= first])
-            line = self._cost(replace(stage, first_layer=first, end_layer=end), self._slow(node)).line(work)
+            line = self._cost(node, first, end).line(work)
             total_ps += line.first_ps
             outside |= line.extrapolated
         return Line(total_ps, 0, 1, outside), _work(journeys)
 
-    def _whole(self, node: Node) -> StageCost:
-        return self._cost(node.spec.stages[0], self._slow(node))
-
-    def _slow(self, node: Node) -> float:
-        return max(self._engine.changes.slow.get(gpu, 1.0) for gpu in node.gpus)
-
-    def _bind(self, stage: Stage, slow: float) -> StageCost:
-        return self._engine.cost.bind(self._engine.problem.model, stage, self._engine.problem.cluster, slow)
+    def _cost(self, node: Node, first: int, end: int) -> StageCost:
+        """Of these layers there; nodes of one GPU of a kind share it, as it may keep large tables."""
+        problem, stage = self._engine.problem, node.spec.stages[0]
+        slow = max(self._engine.changes.slow.get(gpu, 1.0) for gpu in node.gpus)
+        where: Hashable = problem.cluster.gpu(node.gpus[0]).name if stage.tp == 1 else node.gpus
+        key = where, end - first, first == 0, end == problem.model.num_layers, slow
+        if key not in self._costs:
+            part = replace(stage, first_layer=first, end_layer=end)
+            self._costs[key] = self._engine.cost.bind(problem.model, part, problem.cluster, slow)
+        return self._costs[key]
 
     def _computed(self, alarm: Alarm) -> None:
         """A batch's end: everyone in it goes on to the next node, or has a token."""
