@@ -41,7 +41,7 @@ Regenerate with `python -m experiments.study_helix --out docs`.
 """
 CLUSTER = {"A100-40G-SXM": 4, "L4": 8, "T4": 12}
 WARM_UP_S = 60.0
-USERS = (64, 128, 192, 256, 384)
+USERS = (128, 256, 512, 768)
 
 
 class Scale(NamedTuple):
@@ -52,7 +52,7 @@ class Scale(NamedTuple):
     users: tuple[int, ...]
 
 
-FULL, QUICK = Scale(660.0, 20_000, USERS), Scale(180.0, 1000, (128,))
+FULL, QUICK = Scale(660.0, 20_000, USERS), Scale(120.0, 500, (128,))
 
 
 class Setting(NamedTuple):
@@ -101,7 +101,7 @@ def problem(name: str) -> Problem:
         model=replace(model(name), max_position_embeddings=4096),
         cost=Fitted(profiles=(profile,), fallback=Roofline()),
         workload=Workload(rate_per_s=1.0, lengths=lengths),
-        limits=replace(system.limits, gpu_memory_utilization=0.95),
+        limits=replace(system.limits, gpu_memory_utilization=0.95, max_num_seqs=4096),
     )
 
 

@@ -183,7 +183,7 @@ class World:
         return self._stage_s[key]
 
     def most_models(self, gpus: Sequence[str], shape: Shape) -> int:
-        """How many models' weights leave room for the longest request's KV."""
+        """How many models' weights leave room for the KV of the longest request, once for each stage."""
         key = self.problem.cluster.gpu(gpus[0]).name, shape
         if key not in self._most:
             parts = stages("probe", gpus, shape, self.problem)
@@ -192,7 +192,7 @@ class World:
             count = 0
             while count < len(self.models):
                 blocks = kv_blocks(self.problem, parts, replace(limits, num_kv_blocks=None), copies=count + 1)
-                if blocks * limits.block_size < longest:
+                if blocks * limits.block_size < longest * shape.pp:
                     break
                 count += 1
             self._most[key] = count
