@@ -138,7 +138,7 @@ def test_a_message_arrives_as_it_was_sent_and_at_the_pace_of_the_link() -> None:
 @pytest.mark.parametrize(
     ("options", "limits", "events", "message"),
     [
-        ({"replicas": 1, "tp": 2}, {}, (), "has 2 GPUs; a worker is one device"),
+        ({"replicas": 1, "tp": 3}, {}, (), "plan: stage .*: tp: 3: small has 4 query heads, which 3 GPUs cannot share"),
         ({"replicas": 1, "tp": 1}, {"prefix_caching": True}, (), "prefix_caching"),
         ({"replicas": 1, "tp": 1}, {}, (ClusterEvent(at_s=1, kind="gpu_lost", target="n0.g0"),), "gpu_lost at 1 s"),
     ],
@@ -267,13 +267,14 @@ def test_workers_end_with_their_coordinator(tmp_path: Path) -> None:
     """Killed hard, it cannot clean up: its workers must notice by themselves."""
     script = f"""
 import time
-from calibrate.execute.run import _worker_configs, _architecture, Execution, Fleet
+from calibrate.execute.crew import worker_configs
+from calibrate.execute.run import _architecture, Execution, Fleet
 from tests.test_execute_wall import system, problem, replace, SMALL
 setup = replace(problem(), model=SMALL)
 which = system(replicas=2, tp=1)
 how = Execution(mode="wall-clock")
 plan = which.planner.plan(replace(setup, limits=which.limits))
-with Fleet(_worker_configs(setup, which, plan, _architecture(setup, how), how)) as fleet:
+with Fleet(worker_configs(setup, which, plan, _architecture(setup, how), how, "")) as fleet:
     open({str(tmp_path / "pids")!r}, "w").write(" ".join(map(str, fleet.pids.values())) + " end")
     time.sleep(60)
 """

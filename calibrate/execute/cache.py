@@ -31,13 +31,14 @@ class PagedKv:
         pairs = [torch.stack([cache[index].flatten(0, 1)[:tokens] for cache in layer]) for layer in self.layers]
         return torch.stack(pairs).flatten(-2)
 
-    def write(self, table: np.ndarray, kv: Tensor, first_layer: int = 0) -> None:
-        """Put what ``read`` gave into the blocks of a table, for the layers from ``first_layer`` on."""
-        tokens = kv.shape[2]
+    def write(self, table: np.ndarray, kv: Tensor, first_layer: int = 0, first_head: int = 0) -> None:
+        """Put what ``read`` gave into the blocks of a table, for the layers and heads from those on."""
+        tokens, heads = kv.shape[2], kv.shape[3] // self.layers[0][0].shape[-1]
         slots = torch.from_numpy(slots_of(table, np.arange(tokens), self.block_size)).to(kv.device)
         for layer, new in zip(self.layers[first_layer:], kv, strict=False):
             for cache, values in zip(layer, new, strict=True):
-                cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, values.view(tokens, *cache.shape[2:]))
+                own = cache.flatten(0, 1)[:, first_head : first_head + heads]
+                own.index_copy_(0, slots, values.view(tokens, heads, -1))
 
 
 def cache_bytes(arch: Architecture, num_layers: int, blocks: int, block_size: int) -> int:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from calibrate import kernels
 from calibrate.execute.architecture import Architecture
 from calibrate.execute.cache import PagedKv
+from calibrate.execute.shard import Ranks
 from calibrate.execute.weights import Layer, Weights
 
 
@@ -47,30 +48,38 @@ class Batch:
 
 
 class Decoder:
-    """Layers of a model. The first stage takes tokens and others hidden states; the last one gives logits."""
+    """Layers of a model. The first stage takes tokens and others hidden states; the last one gives logits.
 
-    def __init__(self, arch: Architecture, weights: Weights, device: str) -> None:
+    With several ``ranks``, ``arch`` has the sizes of one of them, and the logits are of its part of the vocabulary.
+    """
+
+    def __init__(self, arch: Architecture, weights: Weights, device: str, ranks: Ranks | None = None) -> None:
         self.arch = arch
         self.weights = weights
         self.device = device
+        self.ranks = ranks or Ranks()
         self.frequencies = arch.rope.frequencies(arch.head_dim).to(device)
 
     @property
     def capturable(self) -> bool:
-        """Whether a decode step never waits for the device, so that a CUDA graph can hold it."""
+        """Whether a decode step never waits for the device, so that a CUDA graph can hold it; several ranks do not."""
         probe = self.weights.layers[0].qkv
-        return probe.is_cuda and (self.arch.num_experts is None or kernels.grouped_gemms(probe))
+        return (
+            self.ranks.shard.size == 1
+            and probe.is_cuda
+            and (self.arch.num_experts is None or kernels.grouped_gemms(probe))
+        )
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, cache: PagedKv, hidden: Tensor | None = None) -> Tensor:
         """Logits of the wanted rows (float32), or the hidden states of all rows for the next stage."""
         if hidden is None:
             assert self.weights.embedding is not None, "only the first stage takes tokens"
-            hidden = functional.embedding(batch.tokens, self.weights.embedding)
+            hidden = self.ranks.embed(batch.tokens, self.weights.embedding, self.arch.vocab_size)
         angles = kernels.rope_angles(batch.positions, self.frequencies)
         for layer, kv in zip(self.weights.layers, cache.layers, strict=True):
-            hidden = hidden + self._attention(layer, batch, kv, hidden, angles)
-            hidden = hidden + self._mlp(layer, hidden)
+            hidden = hidden + self.ranks.sum(self._attention(layer, batch, kv, hidden, angles))
+            hidden = hidden + self.ranks.sum(self._mlp(layer, hidden))
         if self.weights.head is None or self.weights.final_norm is None:
             return hidden
         last = kernels.rms_norm(hidden[batch.wanted], self.weights.final_norm, self.arch.norm_eps)

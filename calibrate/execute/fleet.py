@@ -180,10 +180,19 @@ class Fleet:
             return self._lost(word.worker, "is gone")
         if word.header["kind"] == "ConfigError":
             return ConfigError(f"worker {word.worker}: {word.header['text']}")
-        for name, process in self._processes.items():
-            if name != word.worker and process.poll() is not None:
-                return self._lost(name, "is gone")  # that is why the other one failed
+        killed = self._killed()
+        if killed is not None and killed != word.worker:
+            return self._lost(killed, "is gone")  # that is why this one failed
         return WorkerLostError(f"worker {word.worker} failed: {word.header['text']}")
+
+    def _killed(self) -> str | None:
+        """A worker that ended without a word, now or very soon: those that fail exit with 1, once they have said so."""
+        for _ in range(10):
+            for name, process in self._processes.items():
+                if process.poll() not in (None, 1):
+                    return name
+            time.sleep(0.02)
+        return None
 
     def _lost(self, name: str, what: str) -> WorkerLostError:
         process = self._processes[name]

@@ -1,7 +1,8 @@
-"""A worker process: one stage of one replica. Started by ``fleet.py``; lives no longer than the socket to it.
+"""A worker process: one rank of a replica's stage. Started by ``fleet.py``; lives no longer than the socket to it.
 
-The main thread computes. A thread reads what the coordinator says (and frees KV at once), one per peer takes in hidden
-states or KV, one sends KV (at the link's pace, without holding up the steps), one says that the process is alive.
+The main thread computes. A thread reads what the coordinator says (and frees or swaps KV at once), one per peer takes
+in hidden states or KV, one sends KV (without holding up the steps), one says that the process is alive. The ranks of
+a stage get the same orders, and meet in the sums of each step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -19,8 +21,11 @@ import torch
 from torch import Tensor
 
 from calibrate.execute.architecture import Architecture
+from calibrate.execute.carriers import ByGroup, BySocket, Carrier
+from calibrate.execute.peers import Groups, Peers
+from calibrate.execute.shard import Ranks, Shard
 from calibrate.execute.stage import Item, Stage
-from calibrate.execute.wire import Message, Paced, receive, send
+from calibrate.execute.wire import Message, receive, send
 from sim.types import ConfigError
 
 ALIVE_EVERY_S = 0.5
@@ -31,37 +36,43 @@ TOKEN = "PHASEWISE_WORKER_TOKEN"
 class Worker:
     """Serves one coordinator until it says stop, or is gone."""
 
-    def __init__(self, home: socket.socket, token: str, config: dict[str, Any]) -> None:
+    def __init__(self, home: socket.socket, token: str, name: str, config: dict[str, Any]) -> None:
         self._home = home
-        self._token = token
         self._speaking = threading.Lock()
         self._orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._hidden: SimpleQueue[Message] = SimpleQueue()
         self._leaving: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self._room: dict[tuple[int, int], threading.Event] = {}  # for KV, by order and first layer
-        self._next: socket.socket | None = None
+        self._next: list[int] = []  # ports of those that get our hidden states
         self._device = config["device"]
         if config["core"] is not None:
             os.sched_setaffinity(0, {config["core"]})
         torch.set_num_threads(1)
+        if self._device.startswith("cuda"):
+            torch.cuda.set_device(self._device)
+        groups = Groups(name, config["world"]) if config["world"] is not None else None
+        ranks = config["ranks"]
+        group = groups.of(*ranks) if groups is not None and len(ranks) > 1 else None
         self._stage = Stage(
             Architecture.from_json(config["architecture"]),
-            **{name: config[name] for name in ("first", "end", "blocks", "block_size", "device", "seed", "folder")},
+            ranks=Ranks(Shard(config["rank"], len(ranks)), group),
+            **{key: config[key] for key in ("first", "end", "blocks", "block_size", "device", "seed", "folder")},
         )
-        self._door = socket.create_server(("127.0.0.1", 0))
+        self._peers = Peers(token, {"hidden": self._hidden.put, "kv": lambda message: self._by_socket.take(message)})
+        self._by_socket = BySocket(self._stage, self._peers, self._land)
+        self._by_group = ByGroup(self._stage, groups, self._land) if groups is not None else None
 
     def serve(self) -> None:
         threading.excepthook = lambda fault: self._end(fault.exc_value)
-        for loop in (self._listen_home, self._listen_peers, self._send_kv, self._be_alive):
+        for loop in (self._listen_home, self._peers.serve, self._send_kv, self._be_alive):
             threading.Thread(target=loop, daemon=True).start()
-        self._say({"is": "ready", "port": self._door.getsockname()[1]})
+        self._say({"is": "ready", "port": self._peers.port})
         while True:
             header = self._orders.get()
             if header["do"] == "stop":
                 return
             try:
                 if header["do"] == "join":
-                    self._next = self._connect(header["port"], "hidden")
+                    self._next = header["ports"]
                 else:
                     self._step(header)
             except Exception as error:
@@ -77,9 +88,10 @@ class Worker:
         if self._device.startswith("cuda"):
             torch.cuda.synchronize(self._device)
         took_s = time.perf_counter() - started_s
-        if out is not None:
-            assert self._next is not None, "a stage without a head hands on"
-            send(self._next, {"number": header["number"]}, [out.cpu()])
+        if out is not None and self._next:
+            on_host = out.cpu()
+            for port in self._next:
+                self._peers.send(port, "hidden", {"number": header["number"]}, [on_host])
         self._say({"is": "stepped", "number": header["number"], "seconds": took_s, "tokens": list(tokens.items())})
 
     def _hidden_of(self, number: int) -> Tensor:
@@ -97,50 +109,29 @@ class Worker:
                 os._exit(1)  # nobody is left to work for
             self._stage.release(header.get("free", ()))
             if header["do"] == "expect":
-                self._room_for(header).set()
+                self._carrier(header).expect(header)
             elif header["do"] == "send":
                 self._leaving.put(header)
+            elif header["do"] == "swap":  # no step under way has these
+                self._stage.swap_out(header["out"])
+                self._stage.swap_in(header["in"])
             else:
                 self._orders.put(header)
 
-    def _room_for(self, header: dict[str, Any]) -> threading.Event:
-        """Set when the blocks for that KV are free: KV and the word of it come by different ways."""
-        return self._room.setdefault((header["number"], header["first"]), threading.Event())
-
-    def _listen_peers(self) -> None:
-        while True:
-            peer, _ = self._door.accept()
-            threading.Thread(target=self._listen_peer, args=(peer,), daemon=True).start()
-
-    def _listen_peer(self, peer: socket.socket) -> None:
-        greeting = _message(peer)
-        while greeting is not None and greeting[0].get("token") == self._token:
-            message = _message(peer)
-            if message is None:
-                break
-            if greeting[0]["kind"] == "hidden":
-                self._hidden.put(message)
-            else:
-                self._take_in(*message)
-        peer.close()
-
-    def _take_in(self, header: dict[str, Any], parts: list[Tensor]) -> None:
-        self._room_for(header).wait()
-        self._stage.put_in(header["sequence"], header["tokens"], header["first"], header["end"], parts)
-        del self._room[header["number"], header["first"]]
-        self._say({"is": "landed", "number": header["number"], "bytes": sum(part.nbytes for part in parts)})
-
     def _send_kv(self) -> None:
-        peers: dict[int, socket.socket] = {}
-        names = ("number", "sequence", "tokens", "first", "end")
         while True:
-            header = self._leaving.get()
-            port = header["port"]
-            parts = self._stage.take_out(header["sequence"], header["first"], header["end"], bits=header["bits"])
-            if port not in peers:
-                peers[port] = self._connect(port, "kv")
-            pace = Paced(header["bytes_per_s"], header["latency_s"])
-            send(peers[port], {name: header[name] for name in names}, parts, pace)
+            order = self._leaving.get()
+            self._carrier(order).send(order)
+
+    def _carrier(self, order: dict[str, Any]) -> Carrier:
+        by_group = self._by_group
+        return by_group if by_group is not None and by_group.knows(order) else self._by_socket
+
+    def _land(self, order: dict[str, Any], parts: Sequence[Tensor]) -> None:
+        self._stage.put_in(
+            order["sequence"], order["tokens"], order["first"], order["end"], parts, first_head=order["target_head"]
+        )
+        self._say({"is": "landed", "number": order["number"], "bytes": sum(part.nbytes for part in parts)})
 
     def _be_alive(self) -> None:
         while True:
@@ -148,13 +139,6 @@ class Worker:
             time.sleep(ALIVE_EVERY_S)
 
     # ------------------------------------------------------------ inside
-
-    def _connect(self, port: int, kind: str) -> socket.socket:
-        peer = socket.create_connection(("127.0.0.1", port), timeout=10)
-        peer.settimeout(None)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        send(peer, {"token": self._token, "kind": kind})
-        return peer
 
     def _end(self, error: BaseException | None) -> None:
         """Whatever thread it was: tell the coordinator, and be gone."""
@@ -169,14 +153,6 @@ class Worker:
             os._exit(1)
 
 
-def _message(peer: socket.socket) -> Message | None:
-    """The next one; None when the peer is gone or is none of ours."""
-    try:
-        return receive(peer)
-    except (EOFError, OSError, ValueError):
-        return None
-
-
 def main(port: int, name: str) -> None:
     token = os.environ[TOKEN]
     try:
@@ -188,7 +164,7 @@ def main(port: int, name: str) -> None:
     except (EOFError, OSError):
         return  # whoever started it has given up
     try:
-        worker = Worker(home, token, config)
+        worker = Worker(home, token, name, config)
     except Exception as error:
         send(home, _failure(error))
         raise SystemExit(1) from None

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
 
 from calibrate.execute.architecture import Architecture
-from calibrate.execute.fleet import Fleet, cores_for
+from calibrate.execute.crew import joins, worker_configs
+from calibrate.execute.fleet import Fleet
 from calibrate.execute.step_cost import MeasuredCodec, MeasuredSteps
 from calibrate.execute.wall import ForPolicies, Wall
 from sim.cluster import did_you_mean
 from sim.engine import simulate
-from sim.memory import kv_blocks
 from sim.policy import Predictor, Problem, Source, System, Transfer, View
 from sim.record import Result
-from sim.types import Chunk, ClusterEvent, ConfigError, Move, Plan, Stage
+from sim.transfers import Quantized
+from sim.types import Chunk, ClusterEvent, ConfigError, Move, Plan
 
 Mode = Literal["measured-step", "wall-clock"]
+Carrier = Literal["auto", "socket", "group"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,8 @@ class Execution:
 
     ``kv_blocks`` and ``memoise`` are for measured steps (see ``MeasuredSteps``), ``folder`` and ``emulate_links`` for
     the wall clock (see ``Wall``). ``device``: cpu, cuda (workers take the GPUs in turn), or one as torch names it.
+    ``kv_carrier``: socket (through the host's memory), group (NCCL from GPU to GPU, gloo on the CPU), or auto: group
+    between GPUs unless ``emulate_links``, which only a socket can. Workers that share a GPU use sockets all the same.
     """
 
     mode: Mode = "measured-step"
@@ -41,14 +46,24 @@ class Execution:
     kv_blocks: int = 4096
     memoise: bool = False
     emulate_links: bool = False
+    kv_carrier: Carrier = "auto"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"mode: {did_you_mean(self.mode, get_args(Mode))}")
+        for name, known in (("mode", get_args(Mode)), ("kv_carrier", get_args(Carrier))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}: {did_you_mean(getattr(self, name), known)}")
+        if self.kv_carrier == "group" and self.emulate_links:
+            raise ConfigError("kv_carrier: group: cannot be slowed down to emulated links; use socket, or real links")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device: {self.device!r}: torch sees no CUDA device here; use cpu")
         if self.folder is not None and self.mode != "wall-clock":
             raise ConfigError(f"folder: {self.folder!r}: measured steps draw their weights; leave it out")
+
+    @property
+    def kv_by_group(self) -> bool:
+        """Whether workers on different devices send KV by process groups."""
+        between_gpus = self.device.startswith("cuda") and not self.emulate_links
+        return self.kv_carrier == "group" or (self.kv_carrier == "auto" and between_gpus)
 
 
 def execute(
@@ -99,13 +114,16 @@ def _by_the_wall_clock(
     outputs: dict[int, list[int]],
 ) -> Result:
     arch, plan = _architecture(problem, how), options["plan"]
-    with Fleet(_worker_configs(problem, system, plan, arch, how)) as fleet:
+    with (
+        TemporaryDirectory(prefix="phasewise-") as folder,
+        Fleet(worker_configs(problem, system, plan, arch, how, str(Path(folder) / "store"))) as fleet,
+    ):
         for replica in plan.replicas:
-            for front, back in pairwise(replica.leg):
-                fleet.say(front, {"do": "join", "port": fleet.ports[back]})
+            for front, back in joins(replica):
+                fleet.say(front, {"do": "join", "ports": [fleet.ports[worker] for worker in back]})
         wall = Wall(
-            fleet, problem.cluster, vocab_size=arch.vocab_size, seed=problem.seed, kv_bits=_kv_bits(system.transfer()),
-            emulate_links=how.emulate_links,
+            fleet, problem.cluster, vocab_size=arch.vocab_size, kv_heads=arch.num_kv_heads, seed=problem.seed,
+            kv_bits=_kv_bits(system.transfer()), emulate_links=how.emulate_links,
         )  # fmt: skip
         at_once = replace(system, transfer=lambda: AtOnce(system.transfer()))
         real = replace(problem, cost=ForPolicies(problem.cost))
@@ -134,14 +152,16 @@ class AtOnce:
 
 def _kv_bits(transfer: Transfer) -> int:
     """Bits per value of KV on the way: of a transfer that quantises, else 16 (as it is)."""
-    bits = int(getattr(transfer, "bits", 16))
+    bits = transfer.bits if isinstance(transfer, Quantized) else 16
     if bits not in (4, 16):
-        raise ConfigError(f"system.bits: {bits} is not executed; workers send KV in 4 bits or as it is (16)")
+        raise ConfigError(f"system: KV in {bits} bits is not executed; workers send it in 4 bits or as it is (16)")
     return bits
 
 
 def _with_measured_codec(transfer: Transfer, problem: Problem, device: str) -> Transfer:
-    return transfer if _kv_bits(transfer) == 16 else MeasuredCodec(transfer, problem.model, device)
+    if isinstance(transfer, Quantized) and _kv_bits(transfer) == 4:
+        return MeasuredCodec(transfer, problem.model, device)
+    return transfer
 
 
 def _check_wall(system: System, plan: Plan, events: Sequence[ClusterEvent]) -> None:
@@ -149,10 +169,6 @@ def _check_wall(system: System, plan: Plan, events: Sequence[ClusterEvent]) -> N
         raise ConfigError(f"events: {events[0].kind} at {events[0].at_s} s: wall-clock runs have no made-up faults")
     if system.limits.prefix_caching:
         raise ConfigError("engine.prefix_caching: true: workers do not share prefixes; set it to false")
-    for replica in plan.replicas:
-        for stage in replica.stages:
-            if stage.tp > 1:
-                raise ConfigError(f"plan: stage {stage.name} has {stage.tp} GPUs; a worker is one device: use tp 1")
 
 
 def _architecture(problem: Problem, how: Execution) -> Architecture:
@@ -166,36 +182,3 @@ def _architecture(problem: Problem, how: Execution) -> Architecture:
                 f"{how.folder}: {name} is {getattr(given, name)}; {problem.model.name} has {getattr(own, name)}"
             )
     return given
-
-
-def _worker_configs(
-    problem: Problem, system: System, plan: Plan, arch: Architecture, how: Execution
-) -> dict[str, dict[str, Any]]:
-    """What each stage's process must be told, by stage name."""
-    cores = cores_for(name for replica in plan.replicas for name in replica.leg)
-    limited = replace(problem, limits=system.limits)
-    configs: dict[str, dict[str, Any]] = {}
-    for replica in plan.replicas:
-        blocks = kv_blocks(limited, replica.stages, system.limits)
-        for stage in replica.stages:
-            device = how.device if how.device != "cuda" else f"cuda:{len(configs) % torch.cuda.device_count()}"
-            core = cores[stage.name] if device == "cpu" else None
-            configs[stage.name] = _one_config(arch, stage, blocks, system.limits.block_size, device, core) | {
-                "seed": problem.seed,
-                "folder": how.folder,
-            }
-    return configs
-
-
-def _one_config(
-    arch: Architecture, stage: Stage, blocks: int, block_size: int, device: str, core: int | None
-) -> dict[str, Any]:
-    return {
-        "architecture": arch.as_json(),
-        "first": stage.first_layer,
-        "end": stage.end_layer,
-        "blocks": blocks,
-        "block_size": block_size,
-        "device": device,
-        "core": core,
-    }

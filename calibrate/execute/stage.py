@@ -18,6 +18,7 @@ from calibrate.execute.cache import BlockTables, PagedKv, cache_bytes
 from calibrate.execute.decoder import Batch, Decoder
 from calibrate.execute.graphs import DecodeGraphs
 from calibrate.execute.layout import assemble
+from calibrate.execute.shard import Ranks
 from calibrate.execute.weights import Weights, check_memory, drawn, loaded, num_bytes
 from sim.types import SimulationError
 
@@ -36,7 +37,7 @@ class Item(NamedTuple):
 
 
 class Stage:
-    """Layers ``first <= layer < end`` of a model with their KV cache, in this process and on one device.
+    """Layers ``first <= layer < end`` of a model (or a rank's part of them) with their KV cache, on one device.
 
     One thread runs steps; KV may come and go, and sequences be released, in others meanwhile.
     """
@@ -52,23 +53,30 @@ class Stage:
         device: str = "cpu",
         seed: int = 0,
         folder: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """``folder``: of safetensors; None: weights drawn from ``seed``. ``ConfigError`` if memory is missing."""
+        """``arch``: of the whole model. ``folder``: of safetensors; None: weights drawn from ``seed``.
+
+        ``ConfigError`` if memory is missing, or the ranks cannot share the model.
+        """
+        ranks = ranks or Ranks()
+        own = ranks.shard.architecture(arch)
         end = arch.num_layers if end is None else end
         if device == "cpu":
             keep_freed_memory()
-        needed = num_bytes(arch, first, end) + cache_bytes(arch, end - first, blocks, block_size)
+        needed = num_bytes(arch, first, end, ranks.shard) + cache_bytes(own, end - first, blocks, block_size)
         check_memory(f"{arch.name}: layers {first} to {end} and {blocks} KV blocks", needed, device)
         weights: Weights
         if folder is None:
-            weights = drawn(arch, first, end, seed=seed, device=device)
+            weights = drawn(arch, first, end, seed=seed, device=device, shard=ranks.shard)
         else:
-            weights = loaded(arch, first, end, folder=folder, device=device)
+            weights = loaded(arch, first, end, folder=folder, device=device, shard=ranks.shard)
         self.first, self.end = first, end
-        self.decoder = Decoder(arch, weights, device)
-        self.cache = PagedKv(arch, end - first, blocks, block_size, device)
+        self.decoder = Decoder(own, weights, device, ranks)
+        self.cache = PagedKv(own, end - first, blocks, block_size, device)
         self.tables = BlockTables(blocks, block_size)
         self._lock = Lock()  # of the tables
+        self._swapped: dict[int, tuple[Tensor, ...]] = {}
         self.graphs = DecodeGraphs(self.decoder, self.cache) if self.decoder.capturable else None
 
     @property
@@ -88,7 +96,7 @@ class Stage:
         out = self.forward(batch, hidden)
         if not self.samples:
             return {}, out
-        chosen = out.argmax(dim=-1).tolist()
+        chosen = self.decoder.ranks.argmax(out, self.decoder.arch.vocab_size).tolist()
         return dict(zip((item.sequence for item in ordered if item.wants), chosen, strict=True)), None
 
     def _make_room(self, items: Sequence[Item]) -> None:
@@ -131,31 +139,60 @@ class Stage:
 
     # ------------------------------------------------------------ KV comes and goes
 
-    def take_out(self, sequence: int, first: int, end: int, *, bits: int = 16) -> tuple[Tensor, ...]:
-        """KV of layers ``first`` to ``end`` of a sequence, on the CPU: one tensor, or (nibbles, scales) of 4 bits."""
+    def take_out(
+        self, sequence: int, first: int, end: int, *, heads: slice | None = None, bits: int = 16, on: str = "cpu"
+    ) -> tuple[Tensor, ...]:
+        """KV of layers ``first`` to ``end`` of a sequence, of some of the heads that are here (None: all).
+
+        One tensor, or (nibbles, scales) of 4 bits, on the device ``on``.
+        """
         with self._lock:
             table, tokens = self.tables.table(sequence), self.tables.length(sequence)
-        with _own_stream(self.decoder.device):
+        with own_stream(self.decoder.device):
             kv = self.cache.read(table, tokens)[first - self.first : end - self.first]
-            if bits != 4:
-                return (kv.cpu(),)
-            return tuple(part.cpu() for part in kernels.quantise_4bit(kv.flatten(0, 2), group_of(kv.shape[-1])))
+            if heads is not None:
+                kv = kv.view(*kv.shape[:3], -1, self.decoder.arch.head_dim)[..., heads, :].flatten(-2)
+            parts = kernels.quantise_4bit(kv.flatten(0, 2), group_of(kv.shape[-1])) if bits == 4 else (kv.contiguous(),)
+            return tuple(part.to(on) for part in parts)
 
-    def put_in(self, sequence: int, tokens: int, first: int, end: int, parts: Sequence[Tensor]) -> None:
-        """What another stage took out of its layers ``first`` to ``end``."""
+    def room_for(self, tokens: int, first: int, end: int, *, heads: int, bits: int = 16) -> tuple[Tensor, ...]:
+        """Unfilled tensors for what ``take_out`` gives of so many tokens and heads elsewhere."""
+        arch, rows = self.decoder.arch, (end - first) * 2 * tokens
+        width, device = heads * arch.head_dim, self.decoder.device
+        if bits != 4:
+            return (torch.empty(end - first, 2, tokens, width, dtype=arch.torch_dtype, device=device),)
+        nibbles = torch.empty(rows, width // 2, dtype=torch.uint8, device=device)
+        return nibbles, torch.empty(rows, width // group_of(width), 2, dtype=torch.float16, device=device)
+
+    def put_in(
+        self, sequence: int, tokens: int, first: int, end: int, parts: Sequence[Tensor], *, first_head: int = 0
+    ) -> None:
+        """What another stage took out of its layers ``first`` to ``end``; the heads go to those from ``first_head``."""
         arch, device = self.decoder.arch, self.decoder.device
         with self._lock:
             self.tables.resize(sequence, tokens)
             table = self.tables.table(sequence)
-        with _own_stream(device):
+        with own_stream(device):
             kv, *scales = (part.to(device) for part in parts)
             if scales:
                 kv = kernels.dequantise_4bit(kv, scales[0], arch.torch_dtype)
-            self.cache.write(table, kv.view(end - first, 2, tokens, arch.kv_width), first - self.first)
+            self.cache.write(table, kv.view(end - first, 2, tokens, -1), first - self.first, first_head)
+
+    def swap_out(self, sequences: Sequence[int]) -> None:
+        """Keep the KV of sequences in the host's memory, and free their blocks."""
+        for sequence in sequences:
+            self._swapped[sequence] = self.take_out(sequence, self.first, self.end)
+            self.release([sequence])
+
+    def swap_in(self, sequences: Sequence[int]) -> None:
+        """Bring back what was swapped out."""
+        for sequence in sequences:
+            parts = self._swapped.pop(sequence)
+            self.put_in(sequence, parts[0].shape[2], self.first, self.end, parts)
 
 
 @contextmanager
-def _own_stream(device: str) -> Iterator[None]:
+def own_stream(device: str) -> Iterator[None]:
     """On CUDA, work in here does not wait behind a step's, and is done at the end. It touches no block of a step."""
     if not device.startswith("cuda"):
         yield

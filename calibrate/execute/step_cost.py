@@ -23,7 +23,8 @@ from calibrate.kernels import dequantise_4bit, quantise_4bit
 from sim.cluster import Cluster
 from sim.cost import Roofline
 from sim.model import ModelSpec
-from sim.policy import Transfer, View
+from sim.policy import View
+from sim.transfers import Quantized
 from sim.types import Chunk, Line, Move, Work, to_ps
 from sim.types import Stage as StageSpec
 
@@ -158,7 +159,7 @@ class MeasuredStage:
 class MeasuredCodec:
     """A transfer that quantises to 4 bits, with the codec's seconds measured instead of modelled."""
 
-    def __init__(self, inner: Transfer, model: ModelSpec, device: str) -> None:
+    def __init__(self, inner: Quantized, model: ModelSpec, device: str) -> None:
         self.pull = inner.pull
         self._inner = inner
         self._arch = Architecture.of(model)
@@ -168,7 +169,10 @@ class MeasuredCodec:
         return self._inner.chunks(move, view)
 
     def overhead_s(self, move: Move) -> float:
-        """Quantise and dequantise the move's KV, here and now."""
+        """What else the transfer takes, and quantising and dequantising the move's KV, here and now."""
+        return self._inner.inner.overhead_s(move) + self._codec_s(move)
+
+    def _codec_s(self, move: Move) -> float:
         arch = self._arch
         rows = 2 * move.num_layers * move.tokens
         kv = torch.randn(rows, arch.kv_width, device=self._device).to(arch.torch_dtype)

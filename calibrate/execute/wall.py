@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.execute.crew import Part, link_shares, parts_of, workers_of
 from calibrate.execute.fleet import Fleet, Word, WorkerLostError
 from sim.cluster import Cluster, Path
 from sim.cost import StageCost, StepCost
@@ -116,7 +117,15 @@ class Wall:
     """
 
     def __init__(
-        self, fleet: Fleet, cluster: Cluster, *, vocab_size: int, seed: int, kv_bits: int = 16, emulate_links: bool
+        self,
+        fleet: Fleet,
+        cluster: Cluster,
+        *,
+        vocab_size: int,
+        kv_heads: int,
+        seed: int,
+        kv_bits: int = 16,
+        emulate_links: bool,
     ) -> None:
         self.clock = WallClock(fleet)
         self.tokens: dict[int, list[int]] = {}
@@ -124,10 +133,13 @@ class Wall:
         self._fleet = fleet
         self._cluster = cluster
         self._vocab_size = vocab_size
+        self._kv_heads = kv_heads
         self._seed = seed
         self._kv_bits = kv_bits
         self._emulate_links = emulate_links
         self._held: dict[str, set[int]] = {}
+        self._swapped: dict[str, set[int]] = {}
+        self._parts: dict[tuple[str, str], list[Part]] = {}
         self._numbers = 0
 
     @property
@@ -138,29 +150,43 @@ class Wall:
     # ------------------------------------------------------------ steps
 
     def compute(self, replica: ReplicaState, flight: Flight, done: Callable[[Alarm], None]) -> None:
-        if replica.swapped:
-            raise ConfigError("wall-clock: workers do not swap KV to the host; choose preemption: recompute")
         items = [self._item(job, job.computed_tokens, count) for job, count in flight.chunks]
         if flight.cohort is not None:
             items += [self._item(job, job.kv_tokens, 1) for job in flight.cohort.members()]
         number = self._number()
-        free = self._no_longer_held(replica)
+        free = self._make_room(replica)
         held = self._held[replica.name]
         again = [sequence for sequence, position, *_ in items if position == 0 and sequence in held]
         held.update(item[0] for item in items)
         order = {"do": "step", "number": number, "items": items, "free": free + again}
+        crews = [workers_of(stage) for stage in replica.spec.stages]
 
         def computed(at_ps: int, answers: list[Word]) -> None:
-            by_stage = {word.worker: word.header for word in answers}
-            for sequence, token in by_stage[replica.leg[-1]]["tokens"]:
+            said = {word.worker: word.header for word in answers}
+            for sequence, token in said[crews[-1][0]]["tokens"]:
                 self.tokens[sequence].append(token)
             flight.first_ps, flight.slope_ps = at_ps - flight.start_ps, 0
-            flight.stage_lines = tuple(Line(to_ps(by_stage[stage]["seconds"]), 0, 1) for stage in replica.leg)
+            slowest_s = [max(said[worker]["seconds"] for worker in crew) for crew in crews]
+            flight.stage_lines = tuple(Line(to_ps(seconds), 0, 1) for seconds in slowest_s)
             self.clock.at(at_ps, done, (replica, flight), BOUNDARY + replica.number)
 
-        self.clock.await_answers(number, len(replica.leg), computed)
-        for stage in replica.leg:
-            self._fleet.say(stage, order)
+        self.clock.await_answers(number, sum(len(crew) for crew in crews), computed)
+        self._say(replica, order)
+
+    def _say(self, replica: ReplicaState, header: dict[str, Any]) -> None:
+        for stage in replica.spec.stages:
+            for worker in workers_of(stage):
+                self._fleet.say(worker, header)
+
+    def _make_room(self, replica: ReplicaState) -> list[int]:
+        """Let the batcher's swaps be done, before anything takes the blocks; whose KV is still to be forgotten."""
+        free = self._no_longer_held(replica)
+        wanted, before = {job.id for job in replica.swapped}, self._swapped.get(replica.name, set())
+        if wanted == before:
+            return free
+        self._swapped[replica.name] = wanted
+        self._say(replica, {"do": "swap", "free": free, "out": sorted(wanted - before), "in": sorted(before - wanted)})
+        return []
 
     def _item(self, job: Job, position: int, count: int) -> tuple[int, int, list[int], bool]:
         """What a worker must compute of a job; it wants the next token if no known one follows."""
@@ -174,7 +200,7 @@ class Wall:
 
     def _no_longer_held(self, replica: ReplicaState) -> list[int]:
         """Sequences whose KV the workers of a replica can forget: finished, preempted or moved away."""
-        places = (replica.running, replica.departing, replica.arrived, replica.arriving)
+        places = (replica.running, replica.departing, replica.arrived, replica.arriving, replica.swapped)
         current = {job.id for place in places for job in place}
         held = self._held.setdefault(replica.name, set())
         gone = held - current
@@ -192,43 +218,54 @@ class Wall:
             raise ConfigError("wall-clock: replicas cannot be loaded during the run; give one plan for all of it")
         delivery = subject
         number = self._number()
-        pairs = _overlaps(delivery)
-        order = {
-            "do": "send",
-            "number": number,
-            "sequence": delivery.job.id,
-            "tokens": delivery.move.tokens,
-            "bits": self._kv_bits,
-            "bytes_per_s": path.bytes_per_s(self._cluster.capacity_bytes_per_s) if self._emulate_links else None,
-            "latency_s": path.latency_s if self._emulate_links else 0.0,
-        }
-        free = self._no_longer_held(delivery.target)
+        parts = self._parts_of(delivery)
+        free = self._make_room(delivery.target)
         self._held[delivery.target.name].add(delivery.job.id)
 
         def landed(at_ps: int, answers: list[Word]) -> None:
             delivery.sent_bytes = sum(word.header["bytes"] for word in answers)
             self.clock.at(at_ps, done, delivery)
 
-        self.clock.await_answers(number, len(pairs), landed)
-        for source, target, first, end in pairs:
-            self._fleet.say(target, {"do": "expect", "number": number, "first": first, "free": free})
-            port = self._fleet.ports[target]
-            self._fleet.say(source, order | {"port": port, "first": first, "end": end})
+        self.clock.await_answers(number, len(parts), landed)
+        senders: set[str] = set()
+        for index, (part, share) in enumerate(zip(parts, link_shares(parts), strict=True)):
+            order = self._order(delivery, part) | {"number": number, "part": index}
+            self._fleet.say(part.target, order | {"do": "expect", "free": free})
+            pace = self._pace(path, share, latency=part.source not in senders)
+            self._fleet.say(part.source, order | pace | {"do": "send"})
+            senders.add(part.source)
         return Flow(path.usage, to_ps(path.latency_s), size_bytes, done, delivery, self.clock.now_ps)
+
+    def _parts_of(self, delivery: Delivery) -> list[Part]:
+        ends = (delivery.source.name, delivery.target.name)
+        if ends not in self._parts:
+            self._parts[ends] = parts_of(delivery.source.spec, delivery.target.spec, self._kv_heads)
+        return self._parts[ends]
+
+    def _pace(self, path: Path, share: float, *, latency: bool) -> dict[str, Any]:
+        if not self._emulate_links:
+            return {"bytes_per_s": None, "latency_s": 0.0}
+        bytes_per_s = path.bytes_per_s(self._cluster.capacity_bytes_per_s) * share
+        return {"bytes_per_s": bytes_per_s, "latency_s": path.latency_s if latency else 0.0}
+
+    def _order(self, delivery: Delivery, part: Part) -> dict[str, Any]:
+        """What both ends must know of a part of a move."""
+        return {
+            "from": part.source,
+            "to": part.target,
+            "port": self._fleet.ports[part.target],
+            "sequence": delivery.job.id,
+            "tokens": delivery.move.tokens,
+            "first": part.first,
+            "end": part.end,
+            "source_head": part.source_head,
+            "target_head": part.target_head,
+            "heads": part.heads,
+            "bits": self._kv_bits,
+        }
 
     def cancel(self, flow: Flow) -> None:
         raise SimulationError("wall-clock: KV that is on its way cannot be stopped")
 
     def scale(self, resource: str, factor: float) -> None:
         raise ConfigError(f"wall-clock: the link {resource} is real; its bandwidth cannot be scaled")
-
-
-def _overlaps(delivery: Delivery) -> list[tuple[str, str, int, int]]:
-    """(source stage, target stage, first layer, end layer) of every part that two stages have in common."""
-    found = []
-    for source in delivery.source.spec.stages:
-        for target in delivery.target.spec.stages:
-            first, end = max(source.first_layer, target.first_layer), min(source.end_layer, target.end_layer)
-            if first < end:
-                found.append((source.name, target.name, first, end))
-    return found

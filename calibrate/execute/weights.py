@@ -1,6 +1,7 @@
 """The weights of a range of layers: drawn from a seed, or read from local safetensors files.
 
-Drawn weights depend on the seed and the layer alone, so that every process that holds a layer holds the same one.
+Drawn weights depend on the seed and the layer alone, so that every process that holds a layer holds the same one, and
+every rank of several its part of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from calibrate.execute.architecture import Architecture
+from calibrate.execute.shard import Shard
 from sim.types import ConfigError
 
 _SAFE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,26 +55,29 @@ class Weights:
     head: Tensor | None
 
 
+WHOLE = Shard()
 Shape = tuple[int, ...]
 Make = Callable[[str, Shape], Tensor]
 """Makes (or reads) the tensor of that name; several Hugging Face names stand for their concatenation, with ``+``."""
 
 
-def build(arch: Architecture, first: int, end: int, make: Make) -> Weights:
-    """All tensors of the layers, each from ``make``."""
+def build(arch: Architecture, first: int, end: int, make: Make, shard: Shard = WHOLE) -> Weights:
+    """A shard of all tensors of the layers, each whole from ``make``. ``arch``: of the whole model."""
     first_stage, last_stage = first == 0, end == arch.num_layers
     table = (arch.vocab_size, arch.hidden_size)
     embedding = make("model.embed_tokens.weight", table) if first_stage or (last_stage and arch.tied) else None
-    head = (embedding if arch.tied else make("lm_head.weight", table)) if last_stage else None
+    embedding = shard.cut("embedding", embedding, arch)
+    own_head = make("lm_head.weight", table) if last_stage and not arch.tied else None
+    head = (embedding if arch.tied else shard.cut("head", own_head, arch)) if last_stage else None
     return Weights(
-        layers=tuple(_layer(arch, number, make) for number in range(first, end)),
+        layers=tuple(_layer(arch, number, make, shard) for number in range(first, end)),
         embedding=embedding if first_stage else None,
         final_norm=make("model.norm.weight", (arch.hidden_size,)) if last_stage else None,
         head=head,
     )
 
 
-def _layer(arch: Architecture, number: int, make: Make) -> Layer:
+def _layer(arch: Architecture, number: int, make: Make, shard: Shard) -> Layer:
     at = f"model.layers.{number}"
     hidden, inner, width = arch.hidden_size, arch.intermediate_size, arch.num_heads * arch.head_dim
     qkv = width + 2 * arch.kv_width
@@ -102,22 +107,20 @@ def _layer(arch: Architecture, number: int, make: Make) -> Layer:
         if arch.mlp_bias:
             tensors["gate_up_bias"] = (two.format("bias"), (2 * inner,))
             tensors["down_bias"] = (f"{at}.mlp.down_proj.bias", (hidden,))
-    return Layer(**{field: make(*what) for field, what in tensors.items()})
+    return Layer(**{field: shard.cut(field, make(*what), arch) for field, what in tensors.items()})  # type: ignore[arg-type]
 
 
-def num_bytes(arch: Architecture, first: int, end: int) -> int:
+def num_bytes(arch: Architecture, first: int, end: int, shard: Shard = WHOLE) -> int:
     """Of the weights that ``build`` would make."""
-    found: list[int] = []
 
-    def count(_: str, shape: Shape) -> Tensor:
-        found.append(prod(shape))
-        return torch.empty(0)
+    def make(_: str, shape: Shape) -> Tensor:
+        return torch.empty(shape, dtype=arch.torch_dtype, device="meta")
 
-    build(arch, first, end, count)
-    return sum(found) * arch.torch_dtype.itemsize
+    found = {id(tensor): tensor.nbytes for tensor in tensors_of(build(arch, first, end, make, shard))}
+    return sum(found.values())
 
 
-def drawn(arch: Architecture, first: int, end: int, *, seed: int, device: str) -> Weights:
+def drawn(arch: Architecture, first: int, end: int, *, seed: int, device: str, shard: Shard = WHOLE) -> Weights:
     """Random weights that keep activations near one: variance 1 / inputs; norms are ones and biases small."""
     generator = torch.Generator(device)
 
@@ -130,10 +133,12 @@ def drawn(arch: Architecture, first: int, end: int, *, seed: int, device: str) -
         out = torch.empty(shape, dtype=arch.torch_dtype, device=device)
         return out.normal_(0.0, spread, generator=generator)
 
-    return build(arch, first, end, make)
+    return build(arch, first, end, make, shard)
 
 
-def loaded(arch: Architecture, first: int, end: int, *, folder: str | Path, device: str) -> Weights:
+def loaded(
+    arch: Architecture, first: int, end: int, *, folder: str | Path, device: str, shard: Shard = WHOLE
+) -> Weights:
     """Weights from the folder's ``*.safetensors``; ``ConfigError`` names a tensor that is missing or misshapen."""
     tensors = SafeTensors(folder)
 
@@ -143,7 +148,7 @@ def loaded(arch: Architecture, first: int, end: int, *, folder: str | Path, devi
             raise ConfigError(f"{folder}: {name}: has the shape {tuple(found.shape)}; the configuration wants {shape}")
         return found.to(device=device, dtype=arch.torch_dtype)
 
-    return build(arch, first, end, make)
+    return build(arch, first, end, make, shard)
 
 
 def _joined(tensors: SafeTensors, name: str) -> Tensor:
