@@ -26,6 +26,11 @@ STUDIES: Mapping[str, str] = {
     "tetriinfer": "study_tetriinfer",
     "thunderserve": "study_thunderserve",
     "hexgen-2": "study_thunderserve",
+    "helix": "study_helix",
+    "alpaserve": "study_alpaserve",
+    "exegpt": "study_exegpt",
+    "deja-vu": "study_dejavu",
+    "melange": "study_melange",
 }
 NEAR = 1.15
 """A ratio within 15 % of the printed one."""

@@ -20,7 +20,7 @@ from sim.types import SimulationError, Stage
 
 DEFAULT_BATCHED_TOKENS = 2048
 UNSEEN_BYTES = 0.47 * 2**30
-"""Of a GPU's memory, what the driver keeps and no process is told of (H100, RTX 4090: nvidia-smi's total less torch's)."""
+"""Of a GPU's memory, what the driver keeps and no process is told of (nvidia-smi's total less torch's: H100, 4090)."""
 FUSING_BYTES_PER_S = 350e9
 """Of a GPU's NVLink, from which on all-reduces are fused with norms: Hopper and later."""
 
@@ -31,8 +31,8 @@ class Runtime:
 
     ``own_bytes``: CUDA's and its own buffers; ``tp_bytes``: more where there are collectives; ``fused_tp_bytes``: the
     same where those are fused with norms. ``logit_bytes``: of every logit at the peak of the sampler, which is tried
-    with ``max_num_seqs`` sequences before blocks are counted. ``experts_stay``: the workspace of a mixture of experts is
-    still there then. ``graphs_bytes``: CUDA graphs, where they are set aside.
+    with ``max_num_seqs`` sequences before blocks are counted. ``experts_stay``: the workspace of a mixture of experts
+    is still there then. ``graphs_bytes``: CUDA graphs, where they are set aside.
     """
 
     own_bytes: float
@@ -87,7 +87,7 @@ def kv_bytes_available(
         if kept.experts_stay:
             sampler_bytes += _experts_bytes(model, tokens, stage.tp)
         activation_bytes = max(activation_bytes, sampler_bytes)
-    weight_bytes = copies * model.weight_bytes(stage.first_layer, stage.end_layer) / stage.tp
+    weight_bytes = copies * model.weight_bytes(stage.first_layer, stage.end_layer, stage.tp) / stage.tp
     kept_bytes = kept.own_bytes + kept.graphs_bytes
     if stage.tp > 1:
         fused = all((gpu.nvlink_bytes_per_s or 0.0) >= FUSING_BYTES_PER_S for gpu in gpus)

@@ -250,4 +250,5 @@ def _provenance(result: Result) -> dict[str, Any]:
         "measured": all(row.measured for row in replicas),
         "unmeasured_gpus": sorted({row.gpu for row in replicas if not row.measured}),
         "extrapolated_share": result.extrapolated_share,
+        "remarks": [note.text for note in result.rows.notes if note.kind == "remark"],
     }

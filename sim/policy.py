@@ -404,6 +404,10 @@ class System:
     rescheduler: Callable[[], Rescheduler]
     limits: Limits = field(default_factory=Limits)
     cost: Callable[[StepCost], StepCost] = lambda cost: cost
+    model: Callable[[ModelSpec], ModelSpec] = lambda model: model
+    """The model with what the system keeps in memory beside it."""
+    remarks: Callable[[ModelSpec], Sequence[str]] = lambda model: ()
+    """What a reader must know before trusting the figures."""
     options: Mapping[str, object] = field(default_factory=dict)
     predictor: Predictor | None = None
     """Of output lengths, where the system is defined by one; whoever simulates may give another."""

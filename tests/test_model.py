@@ -58,8 +58,26 @@ PUBLISHED = {
     "yi-34b": 34_388_917_248,
     "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-small-24b": 23_572_403_200,
+    "phi-4": 14_659_507_200,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
 }
-"""Totals on the model cards (Hugging Face, 2022-2025); BLOOM's also in its model card's text."""
+"""Totals on the model cards (Hugging Face, 2022-2025), tied embeddings counted once; BLOOM's also in its model card's
+text."""
 
 NOMINAL = {"opt-66b": 65.7e9, "opt-175b": 175e9, "gpt-3": 175e9}
 """OPT: arXiv 2205.01068, and 65.7B on the 66B card. GPT-3: arXiv 2005.14165."""

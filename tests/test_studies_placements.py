@@ -18,13 +18,13 @@ def test_alpaserves_theory_is_exact() -> None:
 
 
 def test_the_gain_of_sharing_gpus() -> None:
-    """Figure 2."""
+    """Figure 2, as readers report it."""
     for row in study_alpaserve.gains(100_000):
         assert row.ratio == pytest.approx(1.0, abs=0.12), row.what
 
 
 def test_attainment_with_and_without_groups() -> None:
-    """Table 2 at five times the latency, with fewer arrivals; engine and quick simulator agree within two points."""
+    """The artifact's result files, five times the latency; engine and quick simulator agree within two points."""
     scale = study_alpaserve.Scale(1000, 1000, (5.0,))
     rows = {row.what: row for row in study_alpaserve.table_2(scale, QUIET)}
     apart = rows["SR (no groups), requests within 5x the latency"].ours

@@ -255,7 +255,7 @@ class Changes:
                 continue
             self.loads[name] = {}
             for stage in spec.stages:
-                weight_bytes = engine.problem.model.weight_bytes(stage.first_layer, stage.end_layer)
+                weight_bytes = engine.problem.model.weight_bytes(stage.first_layer, stage.end_layer, stage.tp)
                 weight_bytes *= max(1, len(spec.models))
                 path = engine.problem.cluster.load_path(stage.gpus)
                 self.loads[name][stage.name] = engine.links.start(path, weight_bytes, self._loaded, (name, stage.name))

@@ -29,7 +29,7 @@ from sim.engine.replica import Flight, ReplicaState
 from sim.engine.setup import build_replica, check_plan
 from sim.engine.view import SystemView
 from sim.policy import Predictor, Problem, Source, System
-from sim.record import Recorder, Result
+from sim.record import NoteRow, Recorder, Result
 from sim.types import (
     ClusterEvent,
     Outcome,
@@ -67,7 +67,7 @@ def simulate(
     ``ConfigError`` for input that cannot be simulated, ``PolicyError`` for an illegal proposal, ``StalledError`` if
     requests are left and nothing can happen.
     """
-    problem = replace(problem, limits=system.limits)
+    problem = replace(problem, limits=system.limits, model=system.model(problem.model))
     plan = plan if plan is not None else system.planner.plan(problem)
     check_plan(plan, problem)
     engine = Engine(problem, system, plan, predictor or system.predictor, step_by_step, progress, hardware)
@@ -99,7 +99,7 @@ class Engine:
         self.progress = progress
         self.clock = Clock() if hardware is None else hardware.clock
         self.links = hardware or Links(self.clock, problem.cluster)
-        self.rows = Recorder()
+        self.rows = Recorder(notes=[NoteRow(0, "remark", text) for text in system.remarks(problem.model)])
         self.cost = system.cost(problem.cost)
         router_rng, change_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(problem.seed).spawn(2))
         self.view = SystemView(problem, plan, self.clock, router_rng)

@@ -32,6 +32,8 @@ class Family:
     extra_positions: int | None = None
     """Rows of a learned position table beyond the maximum; None: no table."""
     mla: bool = False
+    relu: bool = False
+    """Default of hidden_act."""
 
 
 _DEEPSEEK = Family(mla=True)
@@ -48,7 +50,9 @@ FAMILIES = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "kimi_k2": _DEEPSEEK,
-    "opt": Family(gated=False, tied=True, norm_bias=True, qkv_bias=True, linear_bias=True, extra_positions=2),
+    "opt": Family(
+        gated=False, tied=True, norm_bias=True, qkv_bias=True, linear_bias=True, extra_positions=2, relu=True
+    ),
     "gpt2": Family(
         gated=False, tied=True, mlp_factor=4, norm_bias=True, qkv_bias=True, linear_bias=True, extra_positions=0
     ),
@@ -162,6 +166,7 @@ def _fields(read: _Reader, name: str, dtype: str | None) -> dict[str, Any]:
         ),
         "tie_word_embeddings": bool(read.get("tie_word_embeddings", default=family.tied)),
         "gated_mlp": family.gated,
+        "relu_mlp": read.get("activation_function", "hidden_act", default="relu" if family.relu else "") == "relu",
         "sliding_window": _sliding_window(read),
     }
     if kind == "opt" and read.get("word_embed_proj_dim", default=hidden) != hidden:

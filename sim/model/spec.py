@@ -63,6 +63,7 @@ class ModelSpec:
     tie_word_embeddings: bool
     gated_mlp: bool = True
     """SwiGLU and its like have three MLP matrices; OPT, BLOOM and GPT-2 two."""
+    relu_mlp: bool = False
     dtype: str = "bfloat16"
     kv_dtype: str | None = None
     weight_bytes_per_param: float | None = None
@@ -79,6 +80,8 @@ class ModelSpec:
     v_head_dim: int | None = None
     layer_vector_params: int = 0
     """Norms and biases of a layer."""
+    copied_layer_params: int = 0
+    """Of a layer, whole on every GPU of a stage, beside the GEMMs (contextual sparsity's predictors)."""
     outer_vector_params: int = 0
     """Learned positions and the norms outside the layers; held with the embedding."""
 
@@ -191,8 +194,8 @@ class ModelSpec:
         experts = self.num_layers - self.first_dense_layers
         return self.params - experts * (self.layer_params - self.active_layer_params)
 
-    def weight_bytes(self, first_layer: int, end_layer: int) -> int:
-        """Of the layers ``first_layer <= layer < end_layer``, over all GPUs of the stage.
+    def weight_bytes(self, first_layer: int, end_layer: int, tp: int = 1) -> int:
+        """Of the layers ``first_layer <= layer < end_layer``, over all ``tp`` GPUs of the stage.
 
         The embedding comes with the first layer and the head with the last; tied, they are one matrix if a
         stage holds both and two if the model is split.
@@ -202,6 +205,7 @@ class ModelSpec:
         first, last = first_layer == 0, end_layer == self.num_layers
         dense = max(0, min(end_layer, self.first_dense_layers) - first_layer)
         layers = (end_layer - first_layer - dense) * self.layer_params + (dense * self._layer_params(0) if dense else 0)
+        layers += (end_layer - first_layer) * tp * self.copied_layer_params
         matrices = 1 if first and last and self.tie_word_embeddings else first + last
         outer = matrices * self.embedding_params + first * self.outer_vector_params
         layer_bytes = self.weight_bytes_per_param or DTYPE_BYTES[self.dtype]
