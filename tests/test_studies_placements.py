@@ -40,9 +40,10 @@ def test_helixs_flow_is_above_its_baselines_and_below_its_bound() -> None:
     where = study_helix.problem("llama-2-70b")
     scale = study_helix.Scale(60.0, 150, (8,))
     plans = dict(study_helix.placed(where, scale, QUIET))
+    plans |= {name: study_helix.shipped(where, layers) for name, layers in study_helix.SHIPPED.items()}
     flow = {name: sum(f for (source, _), f in plan.flows.items() if source == END) for name, plan in plans.items()}
-    assert flow["helix"] >= flow["petals"] > flow["swarm"]
-    assert flow["helix"] < HelixPlacement().network(where).upper_bound
+    assert flow[study_helix.OURS] >= flow["Petals"] > flow["Swarm"]
+    assert flow["Helix"] < HelixPlacement().network(where).upper_bound
     for row in study_helix.flows(where, plans):
         assert row.ratio == pytest.approx(1.15, abs=0.35), row.what
 

@@ -8,6 +8,7 @@ throughput and flow, ``program.py`` the mixed-integer program, ``placements.py``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
@@ -43,24 +44,14 @@ class HelixPlacement:
     def plan(self, problem: Problem) -> Plan:
         network = self.network(problem)
         held = self._held(network, problem.seed)
-        total, flows = max_flow(network, held)
-        if not total:
+        plan = plan_of(network, held)
+        if not plan.flows:
             raise InfeasibleError(
                 f"plan: no chain of machines holds the {network.num_layers} layers of {problem.model.name} "
                 f"({self.placement}): {sum(m.most_layers for m in network.machines)} layers fit where weights take "
                 f"{self.weight_share:.0%} of the memory; use more GPUs or raise system.weight_share"
             )
-        names = [machine.name for machine in network.machines]
-        return Plan(
-            replicas=tuple(
-                Replica(name=names[i], stages=(_stage(network.machines[i], h.first, h.end),))
-                for i, h in enumerate(held)
-                if h is not None
-            ),
-            flows={
-                (END if a is None else names[a], END if b is None else names[b]): flow for (a, b), flow in flows.items()
-            },
-        )
+        return plan
 
     def _held(self, network: Network, seed: int) -> list[Held | None]:
         if self.placement == "petals":
@@ -137,6 +128,22 @@ class HelixPlacement:
         )  # fmt: skip
 
 
+def plan_of(network: Network, held: Sequence[Held | None]) -> Plan:
+    """Each machine with its layers, and the max-flow between them (none, if nothing passes)."""
+    names = [machine.name for machine in network.machines]
+    _, flows = max_flow(network, held)
+    return Plan(
+        replicas=tuple(
+            Replica(name=names[i], stages=(_stage(network.machines[i], mine.first, mine.end),))
+            for i, mine in enumerate(held)
+            if mine is not None
+        ),
+        flows={
+            (END if a is None else names[a], END if b is None else names[b]): flow for (a, b), flow in flows.items()
+        },
+    )
+
+
 def _stage(machine: Machine, first: int, end: int) -> Stage:
     return Stage(name=machine.name, gpus=machine.gpus, first_layer=first, end_layer=end)
 
@@ -147,5 +154,5 @@ def _stage_of(gpus: tuple[str, ...], first: int, end: int) -> Stage:
 
 __all__ = [
     "END", "MOVES", "Held", "HelixPlacement", "Machine", "Network", "Placement", "Throughput", "Typical",
-    "best_placement", "max_flow", "petals_placement", "separate_placement", "swarm_placement",
+    "best_placement", "max_flow", "petals_placement", "plan_of", "separate_placement", "swarm_placement",
 ]  # fmt: skip
