@@ -60,6 +60,7 @@ def composed(spec: ModelSpec, gpu: str, tp: int, mine: Keyed, head: Mapping[str,
         attention_decode=grid(mine["attention_decode"]),
         attention_mixed=mixed_grid(mine),
         included=frozenset({"embedding"}),
+        shared_launch=0.0,  # the decoder launches every chunk on its own
     )
 
 

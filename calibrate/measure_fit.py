@@ -15,7 +15,7 @@ import numpy as np
 from calibrate import fit
 from calibrate.bench.family import Key, Measurement
 from calibrate.bench.runner import Measured
-from calibrate.bench.shapes import Shard
+from calibrate.bench.shapes import BLOCK_TOKENS, Shard
 from calibrate.beside import STEP, Beside, fitted, step_s
 from calibrate.compose import (
     ATTENTION,
@@ -34,7 +34,7 @@ from calibrate.compose import (
     values,
 )
 from calibrate.samples import Samples
-from sim.cost import HeldOut, ProfileEntry, Table
+from sim.cost import Graphs, HeldOut, ProfileEntry, Table
 from sim.model import ModelSpec
 
 FITTED_BY = {
@@ -59,6 +59,10 @@ TABLES = (
     "launch_graph",
 )
 """Operators that a profile also has as tables of their own, by name."""
+
+GRAPHS = Graphs(sizes=tuple(1 << power for power in range(9)), block_tokens=BLOCK_TOKENS)
+"""Of our engine (``calibrate.execute.graphs``): decode steps of up to 256 sequences, padded to powers of two. Their
+groups of similar contexts are measured as they are; a graph holds one group, padded to its longest."""
 
 Traffic = Mapping[Key, tuple[float | None, float | None]]
 """(FLOPs, bytes) of one run."""
@@ -87,6 +91,7 @@ def entry(shard: Shard, gpu: str, samples: Sequence[Samples], *, cuda: bool) -> 
     whole = replace(
         found if beside is None else beside.added(found),
         overhead_s=_first_s(mine["launch_graph"]) if cuda and "launch_graph" in mine else 0.0,
+        graphs=GRAPHS if cuda and shard.tp == 1 else None,  # stages of several GPUs decode without
         held_out={name: error for name, error in _errors(shard.spec, mine).items() if error is not None},
     )
     return whole, beside

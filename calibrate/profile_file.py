@@ -12,10 +12,12 @@ from typing import Any
 
 from calibrate.samples import Samples, samples_data
 from sim.cost import (
+    SHARED_LAUNCH,
     AttentionTable,
     DecodeTerms,
     Device,
     GemmTable,
+    Graphs,
     Grid,
     HeldOut,
     Kernels,
@@ -167,6 +169,7 @@ def _kernels(number: int, data: Mapping[str, Any]) -> Kernels:
             all_reduce={int(count): Table(**table) for count, table in data.get("all_reduce", {}).items()},
             beside_chunks=data.get("beside_chunks", 0.0),
             predicted=data.get("predicted", False),
+            graphs=_graphs(data),
             held_out=_held_out(data),
         )
     except ConfigError as error:
@@ -195,11 +198,22 @@ def _entry(number: int, data: Mapping[str, Any]) -> ProfileEntry:
         except ConfigError as error:
             raise ConfigError(f"entries.{number}.operators.{name}: {error}") from None
     plain = {name: data[name] for name in PLAIN}
-    included = frozenset(data.get("included", ()))
+    included, shared = frozenset(data.get("included", ())), data.get("shared_launch")
     try:
-        return ProfileEntry(**plain, **operators, included=included, held_out=_held_out(data))
+        return ProfileEntry(
+            **plain,
+            **operators,
+            included=included,
+            shared_launch=SHARED_LAUNCH if shared is None else shared,
+            graphs=_graphs(data),
+            held_out=_held_out(data),
+        )
     except ConfigError as error:
         raise ConfigError(f"entries.{number}: {error}") from None
+
+
+def _graphs(data: Mapping[str, Any]) -> Graphs | None:
+    return None if data.get("graphs") is None else Graphs(**data["graphs"])
 
 
 def _held_out(data: Mapping[str, Any]) -> dict[str, HeldOut]:
@@ -213,4 +227,7 @@ def _entry_data(entry: ProfileEntry) -> dict[str, Any]:
         operators[name] = asdict(part) if isinstance(part, Table | Grid) else part
     held = {name: asdict(part) for name, part in entry.held_out.items()}
     plain = {name: getattr(entry, name) for name in PLAIN}
-    return {**plain, "included": sorted(entry.included), "operators": operators, "held_out": held}
+    data = {**plain, "included": sorted(entry.included), "operators": operators, "held_out": held}
+    if entry.shared_launch != SHARED_LAUNCH:
+        data["shared_launch"] = entry.shared_launch
+    return data if entry.graphs is None else {**data, "graphs": asdict(entry.graphs)}

@@ -63,6 +63,13 @@ class _AttentionFile(_Part):
     decode: _GridFile
 
 
+class _GraphsFile(_Part):
+    """The CUDA graphs that an engine runs its steps in: see ``sim.cost.Graphs``."""
+
+    sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    block_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
 class _KernelsFile(_Part):
     """Kernel tables of GPU types, for any model."""
 
@@ -74,6 +81,7 @@ class _KernelsFile(_Part):
     all_reduce: dict[int, _TableFile] = {}
     beside_chunks: Seconds = 0.0
     predicted: bool = False
+    graphs: _GraphsFile | None = None
     held_out: dict[str, _HeldOutFile] = {}
 
 
@@ -114,6 +122,9 @@ class _EntryFile(_Part):
     tp: Annotated[int, Field(ge=1)]
     dtypes: tuple[Text, ...]
     included: tuple[str, ...] = ()
+    shared_launch: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of the shortest chunk's attention, what every further chunk of a step saves; None: as in vLLM (SHARED_LAUNCH)."""
+    graphs: _GraphsFile | None = None
     operators: _OperatorsFile
     held_out: dict[str, _HeldOutFile] = {}
 

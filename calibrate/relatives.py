@@ -11,6 +11,7 @@ from calibrate.profile_file import read_profile, shipped_profiles
 from calibrate.scaling import scaled
 from sim.cluster import Gpu, gpu
 from sim.cost import Profile
+from sim.cost.roofline import SUSTAINED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ RELATIVES = {
     "A100-80G-PCIe": Relative(profile="vllm-0.14-a100-80g-sxm"),
     "H100-PCIe": Relative(profile="vllm-0.19-h100-sxm"),
     "B200": Relative(profile="vllm-0.19-h200-sxm"),
-    "L4": Relative(profile="vllm-0.14-l40s", arithmetic=0.58),
+    "L4": Relative(profile="vllm-0.14-l40s", arithmetic=SUSTAINED["L4"]),
     "A40": Relative(profile="vllm-0.14-l40s"),
     "A10G": Relative(profile="vllm-0.14-l40s"),
     "A5000": Relative(profile="vllm-0.14-l40s"),
@@ -42,14 +43,21 @@ RELATIVES = {
 }
 """RTX-4090: the two factors bring Llama-3.1-8B's layers to what LLMServingSim measured on one (an L40S has error
 correction on and is bound by its 350 W; a GeForce's rate is halved for float32 accumulation, so that it reaches nearly
-all of it); of the other GeForces something like it is assumed. L4: prompts of LLaMA-30B in Helix's tables (72 W do not
-sustain the clock of the data sheet); those of LLaMA-2-70B are then 1 to 4 % off. V100 and T4 are no one's relatives:
-vLLM's attention there is another one."""
+all of it); of the other GeForces something like it is assumed. L4: what its power sustains (``sim.cost.roofline``).
+V100 and T4 are no one's relatives: vLLM's attention there is another one."""
+
+UNLISTED = {
+    "H100-NVL": Relative(profile="vllm-0.19-h100-sxm"),
+    "A10": Relative(profile="vllm-0.14-l40s"),
+    "RTX-6000-Ada": Relative(profile="vllm-0.14-l40s"),
+    "RTX-5090": Relative(profile="vllm-0.19-kernels-rtx-pro-6000", arithmetic=1.25),
+}
+"""GPU types that the catalogue lacks, for want of prices, and that runs of others name (experiments/fidelity)."""
 
 
 def kernels_for(target: Gpu) -> Profile | None:
     """Scaled kernel tables for a GPU type, or None if it has no measured relative. Links take their formula."""
-    relative = RELATIVES.get(target.name)
+    relative = RELATIVES.get(target.name, UNLISTED.get(target.name))
     if relative is None:
         return None
     profile = read_profile(shipped_profiles()[relative.profile])

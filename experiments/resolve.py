@@ -238,15 +238,17 @@ def build_cost(
     """Step times: all shipped profiles, one named, one per GPU type, or the roofline alone.
 
     ``kinds``: GPU types for which, with all profiles, kernels of a measured relative stand in where they have none.
-    ``overlapped``: the engine decides ahead, so that its overhead hides behind the kernels.
+    ``overlapped``: the engine decides ahead, so that its overhead, the roofline's where none is stated, hides behind
+    the kernels.
 
     ``ConfigError`` if a profile that is named states a mean held-out error of an operator above ``accept_error``.
     """
-    if latency == "roofline" and overhead is None:
+    if latency == "roofline" and overhead is None and not overlapped:
         return Roofline()
     engine = None
-    if overhead is not None:
-        engine = Overhead(**overhead.model_dump(), overlapped=overlapped)
+    if overhead is not None or overlapped:
+        stated = {"step_s": Roofline().overhead_s} if overhead is None else overhead.model_dump()
+        engine = Overhead(**stated, overlapped=overlapped)
     profiles = tuple(_profiles(latency, kinds))
     for profile in profiles if latency is not None else ():
         _check_error(profile, accept_error)

@@ -86,7 +86,8 @@ class LinksSpec(Part):
     )
     intra_node: LinkSpec | None = Field(
         default=None,
-        description="peer link of each GPU; null: its NVLink or PCIe by the catalogue",
+        description="peer link of each GPU, also for all-reduces; null: its NVLink or PCIe by the catalogue, and "
+        "all-reduces as they were measured there",
         examples=[{"gbps": 2400, "latency_us": 2}],
     )
     pairs: tuple[PairSpec, ...] = Field(

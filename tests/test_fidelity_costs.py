@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrate.profile_file import profile_text, read_profile, shipped_profiles
+from calibrate.profile_file import profile_text, read_profile, shipped_profiles, write_profile
 from calibrate.relatives import RELATIVES, kernels_for
 from calibrate.scaling import scaled
 from experiments.resolve import build_cost
@@ -107,6 +108,16 @@ def test_a_scenario_may_ask_for_it() -> None:
     assert cost.overhead == Overhead(step_s=1.0, overlapped=True)
 
 
+@pytest.mark.parametrize("latency", [None, "roofline"])
+def test_an_overhead_that_is_only_assumed_hides_as_well(latency: str | None) -> None:
+    """2 ms a step, which no scenario states: behind the kernels if the engine decides ahead, else on top of them."""
+    cluster = Cluster.of(nodes=[{"gpu": "H100-SXM", "count": 1}])
+    stage = Stage(name="s", gpus=cluster.gpu_ids, first_layer=0, end_layer=LLAMA.num_layers)
+    ahead, present = (build_cost(latency, overlapped=on).bind(LLAMA, stage, cluster) for on in (True, False))
+    work = Work((), 8, 8 * 500)
+    assert seconds(present, work) - seconds(ahead, work) == pytest.approx(0.002)
+
+
 # ---------------------------------------------------------------- chunks of one step
 
 
@@ -119,6 +130,27 @@ def test_chunks_of_a_step_share_their_launch() -> None:
     fixed_ps = sum(part(count)[0] for part, count in zip(_fixed(cost), (1024, 1024, 64), strict=True))
     assert whole_ps - fixed_ps == 64 * alone_ps - 63 * cost.operators.shared_ps
     assert 0.85 * alone_ps < cost.operators.shared_ps < alone_ps
+
+
+def test_an_engine_may_launch_every_chunk_on_its_own(tmp_path: Path) -> None:
+    """Our torch engine does: nothing is saved."""
+    cpu = read_profile(shipped_profiles()["measured-cpu-llama-100m"])
+    assert {entry.shared_launch for entry in cpu.entries} == {0.0}
+    entry = KERNELS.kernels[0].entry(LLAMA, 1, gpu("RTX-PRO-6000"))
+    assert entry is not None
+    profiles = [replace(KERNELS, kernels=(), entries=(replace(entry, shared_launch=part),)) for part in (0.0, 0.9)]
+    own, joint = (bound(profiles=[profile]) for profile in profiles)
+    one, two = Work(((16, 0),), 0, 0), Work(((16, 0),) * 2, 0, 0)
+    assert own.line(one) == joint.line(one)
+    assert isinstance(joint, Composed)
+    assert own.line(two).first_ps == joint.line(two).first_ps + joint.operators.shared_ps
+    assert read_profile(_written(tmp_path, profiles[0])).entries[0].shared_launch == 0.0
+    assert "shared_launch" not in _written(tmp_path, profiles[1]).read_text()
+
+
+def _written(folder: Path, profile: Profile) -> Path:
+    write_profile(profile, folder / "profile.json")
+    return folder / "profile.json"
 
 
 def _fixed(cost: Composed) -> tuple[Any, Any, Any]:

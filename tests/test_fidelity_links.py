@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from calibrate.profile_file import read_profile, shipped_profiles
 from calibrate.relatives import kernels_for
 from experiments.fidelity import links
 from sim.cluster import Cluster, Link, gpu
-from sim.cost import Fitted, Overhead, Reached, Roofline, Table, collective_seconds
+from sim.cost import Fitted, Overhead, Profile, Reached, Roofline, Table, collective_seconds
 from sim.cost.links import REACHED
 from sim.model import model
 from sim.types import Stage
@@ -115,6 +115,29 @@ def test_a_group_over_two_machines_does_not_take_one_machine_s_table() -> None:
     assert collective_ps(h100, 1024, near, 8) == pytest.approx(32 * table.seconds[size] * 1e12)
     assert collective_ps(h100, 1024, far, 8) == collective_ps(Roofline(), 1024, far, 8)
     assert collective_ps(h100, 1024, far, 8) > 5 * collective_ps(h100, 1024, near, 8)
+
+
+def test_a_stated_link_goes_before_measured_tables() -> None:
+    """What a scenario states of its machine's links is not what somebody else's machine had."""
+    h100 = Fitted(profiles=[read_profile(shipped_profiles()["vllm-0.19-h100-sxm"])], overhead=Overhead())
+    stated = Cluster.of(nodes=[{"gpu": "H100-SXM", "count": 8}], links={"intra_node": {"gbps": 400}})
+    link = stated.collective_link(stated.gpu_ids)
+    one_s = collective_seconds("all_reduce", 1024 * 8192, link, 8)
+    assert collective_ps(h100, 1024, stated, 8) == pytest.approx(32 * one_s * 1e12)
+    entry = h100.entry(LLAMA, Stage(name="s", gpus=stated.gpu_ids, first_layer=0, end_layer=32), stated)
+    assert entry is not None
+    assert entry.collective is None
+    own = replace(h100, profiles=[_with_own_collective(h100, stated)])
+    assert collective_ps(own, 1024, stated, 8) == collective_ps(h100, 1024, stated, 8)
+
+
+def _with_own_collective(cost: Fitted, cluster: Cluster) -> Profile:
+    """A model's own entry that has all-reduces of its own, of a second a layer."""
+    stage = Stage(name="s", gpus=cluster.gpu_ids, first_layer=0, end_layer=32)
+    entry = cost.entry(LLAMA, stage, cluster)
+    assert entry is not None
+    slow = Table(counts=(1, 8192), seconds=(1.0, 2.0), per="layer")
+    return replace(cost.profiles[0], kernels=(), entries=(replace(entry, collective=slow),))
 
 
 def test_a_slow_gpu_slows_its_collectives() -> None:

@@ -155,7 +155,9 @@ def test_what_is_left_after_weights_activations_and_runtime() -> None:
     memory_bytes = (where.cluster.gpu("n0.g0").memory_bytes - 0.47 * 2**30) * 0.5
     weights = tiny.weight_bytes(0, 2)
     activations = max(2 * 100 * (4 * 4096 + 3 * 11008), 15.4 * 10 * 32000)
-    assert kv_bytes_available(where, stage(), limits) == pytest.approx(memory_bytes - weights - activations - 0.25 * 2**30)
+    assert kv_bytes_available(where, stage(), limits) == pytest.approx(
+        memory_bytes - weights - activations - 0.25 * 2**30
+    )
     per_block = 16 * tiny.kv_bytes_per_token()
     assert kv_blocks(where, (stage(),), limits) == kv_bytes_available(where, stage(), limits) // per_block
 

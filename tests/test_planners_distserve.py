@@ -318,7 +318,7 @@ def test_the_study_writes_its_page_and_capacities_are_those_of_the_released_code
     study_distserve.main(["--out", str(tmp_path), "--part", "arithmetic"])
     study_distserve.main(["--out", str(tmp_path), "--part", "md1"])
     rows = pd.read_csv(tmp_path / "study_distserve.csv")
-    assert rows["ratio"].between(0.94, 1.0).all()
+    assert rows["ratio"].between(0.94, 1.01).all()
     assert "1.125 GiB" in (tmp_path / "study_distserve.md").read_text()
     curves = pd.read_csv(tmp_path / "study_distserve_md1.csv")
     assert set(curves["way"]) == {"one GPU", "2 stages", *(f"TP 2, {k}x as fast" for k in (1.2, 1.5, 1.8))}

@@ -28,7 +28,7 @@ from calibrate import fit
 from calibrate.fit import Floats
 from calibrate.profile_file import write_profile
 from calibrate.scaling import BESIDE_CHUNKS, FLASH3
-from sim.cost import AttentionTable, GemmTable, Grid, HeldOut, Kernels, Profile, Provenance, Table
+from sim.cost import VLLM_GRAPHS, AttentionTable, GemmTable, Grid, HeldOut, Kernels, Profile, Provenance, Table
 from sim.types import ConfigError
 
 GPUS = {
@@ -99,6 +99,7 @@ def import_aiconfigurator(path: str | Path) -> Profile:
         gemm8=gemm_table(gemms, "fp8", TOKENS8, WIDTHS8) if _fused(gemms, version) else None,
         attention=attention_tables(_plain(prompts), _plain(decodes)),
         all_reduce=faster(all_reduce_tables(reduces), _nccl_tables(folder)),
+        graphs=VLLM_GRAPHS,
         beside_chunks=0.0 if GPUS[folder.name][0].startswith(FLASH3) else BESIDE_CHUNKS,
         held_out={"gemm_tokens": _held_tokens(gemm), "gemm_shapes": _held_shapes(gemm)},
     )

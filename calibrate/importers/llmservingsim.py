@@ -32,7 +32,7 @@ import yaml
 from calibrate import fit
 from calibrate.fit import Floats, Rows
 from calibrate.profile_file import write_profile
-from sim.cost import Grid, HeldOut, Profile, ProfileEntry, Provenance, Table
+from sim.cost import VLLM_GRAPHS, Grid, HeldOut, Profile, ProfileEntry, Provenance, Table
 from sim.model import ModelSpec
 from sim.model import model as find_model
 from sim.types import ConfigError
@@ -141,6 +141,7 @@ def _entry(folder: Path, spec: ModelSpec, gpu: str, dtype: str) -> ProfileEntry:
         attention_mixed=_grid(attention.mixed),
         overhead_s=0.0,
         included=frozenset({"embedding"}),
+        graphs=VLLM_GRAPHS,
         held_out={
             "linear": _held_table(tokens, linear_s),
             "head": _held_table(seqs, head_s),

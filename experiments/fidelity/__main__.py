@@ -11,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from experiments.fidelity import crossed, decode_steps, kv_bound, links, placements, report, served, tables
+from experiments.fidelity import (
+    crossed,
+    decode_steps,
+    kv_bound,
+    left_out,
+    links,
+    memory,
+    placements,
+    report,
+    served,
+    tables,
+)
 from experiments.fidelity.table import Study
 from sim.types import ConfigError
 
@@ -24,7 +35,10 @@ STUDIES: dict[str, Callable[[Path], Study]] = {
     "helix": tables.helix,
     "models": crossed.models,
     "gpus": crossed.gpus,
+    "steps": left_out.steps,
+    "older": left_out.older,
     "links": links.study,
+    "memory": memory.study,
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from sim.cluster import Gpu, gpu
 from sim.cost import Overhead
 
-SYNCHRONOUS = Overhead(step_s=1.727e-3, sequence_s=7.18e-6)
+SYNCHRONOUS = Overhead(step_s=1.664e-3, sequence_s=7.29e-6)
 """vLLM V1 without it: scheduling, preparing inputs and taking samples back, a step and a sequence. Least relative
 squares on the 7 runs of gpullm with 200 output tokens (vLLM 0.8.5); the 14 with 100 and 400, and all of vllm-ppd
 (0.13), judge."""

@@ -43,7 +43,8 @@ def study(measured: Path, overhead: Overhead = SYNCHRONOUS) -> Study:
             f"the runs of {FITTED_OUTPUT_TOKENS} output tokens fitted SYNCHRONOUS ({overhead.step_s * 1e3:.2f} ms "
             f"a step, {overhead.sequence_s * 1e6:.1f} us a sequence); the others judge",
             "the cell that misses, batch 800 with 400 output tokens, stands apart in the source as well: 15.1 thousand "
-            "tokens/s, no more than a batch of 600, while one of 1000 has 16.3; nothing in the engine explains it",
+            "tokens/s, no more than a batch of 600, while one of 1000 has 16.3; nothing in the engine explains it (nor "
+            "do KV blocks: with three quarters of them it is foretold the same)",
             "between waves of requests 0.5 to 1 s pass in reality that are in no kernel: API server and client, one "
             "process each, which see 15 to 19 thousand tokens/s from a batch of 600 on; the simulator has neither",
         ),

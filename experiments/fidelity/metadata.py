@@ -13,6 +13,7 @@ from typing import Any
 
 from sim import Limits
 from sim.cluster import Gpu, gpu
+from sim.memory import UNSEEN_BYTES
 from sim.model import model
 from sim.types import ConfigError
 
@@ -30,10 +31,23 @@ GPU_NAMES = (
     ("tesla t4", "T4"),
 )  # fmt: skip
 """Words of CUDA's device name, hyphens as spaces, and the catalogue's name; the first that fits."""
+UNLISTED = (
+    ("h100 nvl", "H100-NVL", "H100-PCIe", 95830, 3938, {"float32": 60, "float16": 835.5, "float8": 1671}),
+    ("rtx 5090", "RTX-5090", "RTX-PRO-6000", 32607, 1792, {"float32": 104.8, "float16": 209.5, "float8": 419}),
+    ("rtx 6000 ada", "RTX-6000-Ada", "L40S", 49140, 960, {"float32": 91.1, "float16": 364.2, "float8": 728.5}),
+    ("a10", "A10", "A10G", 23028, 600, {"float32": 31.2, "float16": 125}),
+)
+"""GPUs that the catalogue lacks: words of CUDA's name, ours, the type whose links they have, MiB, GB/s, dense TFLOP/s
+with float32 accumulation (data sheets: H100 NVL 2023 and A10 2021, with sparsity halved; architecture papers: RTX
+Blackwell 2025, Ada 2022)."""
 SUFFIXES = re.compile(r"(-(instruct|chat|hf|base|it|\d{4}|fp8|fp8-dynamic|fp8-kv|v0\.1))+$")
 SAME_SHAPE = {
     "llama-3-8b": "llama-3.1-8b", "llama-3-70b": "llama-3.1-70b", "llama-3.3-70b": "llama-3.1-70b",
     "deepseek-r1-distill-llama-8b": "llama-3.1-8b", "deepseek-r1-distill-llama-70b": "llama-3.1-70b",
+    "deepseek-r1-distill-qwen-7b": "qwen2.5-7b", "deepseek-r1-distill-qwen-14b": "qwen2.5-14b",
+    "deepseek-r1-distill-qwen-32b": "qwen2.5-32b", "mistral-7b-instruct-v0.3": "mistral-7b-v0.3",
+    "mistral-small-24b-instruct": "mistral-small-24b", "mistral-small-24b-base": "mistral-small-24b",
+    "qwen3-4b-instruct": "qwen3-4b", "qwen3-coder-30b-a3b": "qwen3-30b-a3b", "qwq-32b": "qwen2.5-32b",
 }  # fmt: skip
 V1, V0_CHUNKED_FROM = (0, 8), 32768
 """The first release whose engine is V1, and the context beyond which V0 cut prompts into chunks."""
@@ -127,6 +141,8 @@ def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
     known_longest = longest or model(name).max_position_embeddings
     chunked = look.flag("enable_chunked_prefill", version >= V1 or known_longest > V0_CHUNKED_FROM)
     offline = "llm" in str(look.get("usage_context") or "").lower()
+    if look.get("enforce_eager") is True:
+        look.assumed.append("steps in CUDA graphs, though enforce_eager is on: launches of small steps are missing")
     sequences, tokens = _batch_defaults(device, version, offline=offline)
     if not chunked:
         tokens = max(tokens, known_longest)
@@ -202,15 +218,30 @@ def _device(look: _Meta) -> Gpu:
     if name is None:
         raise ConfigError(f"{look.where}: device_name (or gpu) is missing; state the GPU, such as RTX-4090")
     words = re.sub(r"[-_\s]+", " ", str(name).lower())
-    kind = next((kind for part, kind in GPU_NAMES if re.search(rf"\b{part}\b", words)), None)
-    device = gpu(kind or str(name))
-    memory_bytes = look.get("device_total_memory_bytes")
-    if memory_bytes is not None and abs(memory_bytes / device.memory_bytes - 1) > MEMORY_TOLERANCE:
-        look.assumed.append(
-            f"rates of the {device.name}, which has other memory than the {memory_bytes / 2**30:.0f} GiB"
-        )
-        return replace(device, memory_bytes=memory_bytes)
-    return device
+    device = _unlisted(words)
+    if device is None:
+        kind = next((kind for part, kind in GPU_NAMES if re.search(rf"\b{part}\b", words)), None)
+        device = gpu(kind or str(name))
+    seen_bytes = look.get("device_total_memory_bytes")
+    if seen_bytes is None:
+        return device
+    if abs(seen_bytes / device.memory_bytes - 1) > MEMORY_TOLERANCE:
+        look.assumed.append(f"rates of the {device.name}, which has other memory than the {seen_bytes / 2**30:.0f} GiB")
+    return replace(device, memory_bytes=seen_bytes + round(UNSEEN_BYTES))
+
+
+def _unlisted(words: str) -> Gpu | None:
+    for part, name, like, memory_mib, gb_per_s, tflops in UNLISTED:
+        if re.search(rf"\b{part}\b", words):
+            flops = {dtype: rate * 1e12 for dtype, rate in {**tflops, "bfloat16": tflops["float16"]}.items()}
+            return replace(
+                gpu(like),
+                name=name,
+                memory_bytes=memory_mib * 2**20,
+                bandwidth_bytes_per_s=gb_per_s * 1e9,
+                flops=flops,
+            )
+    return None
 
 
 def _model(look: _Meta) -> str:

@@ -1,4 +1,7 @@
-"""Real runs as they were saved: LLMServingSim's folders, and the result JSON of ``vllm bench serve`` with metadata."""
+"""Real runs as they were saved: LLMServingSim's folders, the JSON of ``vllm bench serve`` or a report of guidellm.
+
+The latter two name no GPU: ``meta.json`` beside them does, or whoever asks.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.fidelity.metadata import Facts, read_facts
+from experiments.measured import read_measured
 from experiments.vllm_bench import Bench, read_bench
 from sim import Request
 from sim.types import ConfigError
@@ -40,10 +44,10 @@ class RecordedRun:
         return float((self.truth.arrival_s + self.truth.e2e_s).max())
 
 
-def read_run(folder: Path, stated: dict[str, Any] | None = None) -> RecordedRun:
+def read_run(folder: Path, stated: dict[str, Any] | None = None, benchmark: int | None = None) -> RecordedRun:
     """A folder with ``requests.jsonl`` or a benchmark's JSON, and ``meta.json``; ``stated`` goes before the latter.
 
-    ``ConfigError`` names file, field and mend.
+    ``benchmark``: which one of a guidellm report of several. ``ConfigError`` names file, field and mend.
     """
     meta_path = folder / "meta.json"
     meta = _json(meta_path) if meta_path.is_file() else {}
@@ -53,10 +57,34 @@ def read_run(folder: Path, stated: dict[str, Any] | None = None) -> RecordedRun:
         return _logged(folder, facts)
     for path in sorted(folder.glob("*.json")):
         fields = _json(path)
+        where = str(meta_path if meta_path.is_file() else path)
+        if path != meta_path and "benchmarks" in fields:
+            bench = read_measured(path, benchmark).bench
+            assert bench is not None  # guidellm's reports have their requests
+            facts = read_facts({**_guidellm_model(fields, benchmark or 0), **meta}, where)
+            return _benchmark(path, bench, {}, facts)
         if path != meta_path and "ttfts" in fields:
-            facts = read_facts({**fields, **meta}, str(meta_path if meta_path.is_file() else path))
-            return _benchmark(path, fields, facts)
-    raise ConfigError(f"{folder}: has neither requests.jsonl nor the JSON of 'vllm bench serve --save-detailed'")
+            return _benchmark(path, read_bench(path), fields, read_facts({**fields, **meta}, where))
+    raise ConfigError(
+        f"{folder}: has neither requests.jsonl, nor the JSON of 'vllm bench serve --save-detailed', nor a report of "
+        "guidellm"
+    )
+
+
+def _guidellm_model(fields: dict[str, Any], number: int) -> dict[str, Any]:
+    """The model that a report of guidellm names, by its newer and its older schema; nothing if it does not."""
+    chosen = fields["benchmarks"][number]
+    for *parts, name in (
+        ("config", "backend", "model"),
+        ("benchmarker", "backend", "model"),
+        ("worker", "backend_model"),
+    ):
+        inner: Any = chosen
+        for part in parts:
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and isinstance(inner.get(name), str):
+            return {"model": inner[name]}
+    return {}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -137,9 +165,8 @@ def _per_token(span_s: pd.Series, outputs: pd.Series) -> pd.Series:
     return span_s / (outputs - 1).where(outputs > 1)
 
 
-def _benchmark(path: Path, fields: dict[str, Any], facts: Facts) -> RecordedRun:
+def _benchmark(path: Path, bench: Bench, fields: dict[str, Any], facts: Facts) -> RecordedRun:
     """What the client saw: HTTP and tokenizer are in its TTFT, and not in the prediction."""
-    bench = read_bench(path)
     served = bench.requests[bench.requests.outcome == "completed"].reset_index(drop=True)
     if served.empty:
         raise ConfigError(f"{path}: no request was served; there is nothing to compare")

@@ -20,9 +20,9 @@ Written by `python -m experiments.fidelity --data DIR --out DIR`, where DIR is t
 (every source is named in the profiles). Real runs judge; what they are compared with is fitted on kernel tables. The
 constants that no kernel table gives are in `experiments/fidelity/constants.py`, each fitted on at most half of the
 cells of one study. `python -m experiments.fidelity.unseen RUN_DIR` does the same for any run that is in no study, from
-its metadata alone (`meta.json` with `requests.jsonl`, or the JSON of `vllm bench serve --save-detailed`). Errors are
-shares of what was measured. *Load* is the share of time that the busiest replica computes in the simulation; above 1
-it is the time needed to serve the requests over the time in which they arrive.
+its metadata alone (`meta.json` with `requests.jsonl`, the JSON of `vllm bench serve --save-detailed`, or a report of
+guidellm). Errors are shares of what was measured. *Load* is the share of time that the busiest replica computes in the
+simulation; above 1 it is the time needed to serve the requests over the time in which they arrive.
 """
 
 

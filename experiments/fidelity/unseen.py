@@ -25,10 +25,11 @@ from experiments.fidelity.report import rows_frame, table
 from experiments.fidelity.setup import Following, Recorded, run
 from experiments.fidelity.table import Row, Study
 from experiments.resolve import ENGINE
-from sim import Request, Result
+from sim import Limits, Problem, Request, Result, Workload
 from sim.cluster import Cluster, Gpu
-from sim.cost import Overhead, Profile
-from sim.model import model
+from sim.cost import Overhead, Profile, Roofline
+from sim.memory import kv_blocks, runtime
+from sim.model import ModelSpec, model
 from sim.policy import System
 from sim.systems.vllm import vllm
 from sim.types import ConfigError
@@ -63,18 +64,42 @@ def profiles(gpu: Gpu) -> list[Profile]:
 def predict(recorded: RecordedRun, *, step_by_step: bool = False) -> Result:
     """The same requests under the settings of the run's own metadata."""
     facts = recorded.facts
-    cluster = Cluster.of(nodes=[{"gpu": facts.gpu, "count": facts.tp * facts.pp * facts.replicas}])
+    cluster = _cluster(facts)
     source = Recorded(recorded.requests) if recorded.clients is None else _closed(recorded.requests, recorded.clients)
     return run(
         cluster,
         system(facts),
         source,
         profiles(facts.gpu),
-        facts.limits,
+        limits(facts),
         overhead(facts),
-        spec=replace(model(facts.model, facts.dtype), kv_dtype=facts.kv_dtype),
+        spec=spec(facts),
         step_by_step=step_by_step,
     )
+
+
+def spec(facts: Facts) -> ModelSpec:
+    return replace(model(facts.model, facts.dtype), kv_dtype=facts.kv_dtype)
+
+
+def limits(facts: Facts) -> Limits:
+    """The run's, with the KV blocks that its release of vLLM would have counted where the metadata does not say."""
+    if facts.limits.num_kv_blocks is not None:
+        return facts.limits
+    problem = Problem(
+        cluster=_cluster(facts),
+        model=spec(facts),
+        cost=Roofline(),
+        workload=Workload(rate_per_s=1.0, lengths=((1000, 100),)),
+        limits=facts.limits,
+    )
+    stages = system(facts).planner.plan(problem).replicas[0].stages
+    blocks = kv_blocks(problem, stages, facts.limits, runtime(facts.version))
+    return replace(facts.limits, num_kv_blocks=blocks) if blocks else facts.limits
+
+
+def _cluster(facts: Facts) -> Cluster:
+    return Cluster.of(nodes=[{"gpu": facts.gpu, "count": facts.tp * facts.pp * facts.replicas}])
 
 
 def _closed(requests: Iterable[Request], clients: int) -> Following:
@@ -135,18 +160,21 @@ def described(recorded: RecordedRun, result: Result) -> str:
 
 
 def main(
-    run_dir: Annotated[Path, typer.Argument(help="folder with meta.json and requests.jsonl, or a vllm bench JSON")],
+    run_dir: Annotated[
+        Path, typer.Argument(help="folder with meta.json and requests.jsonl, a vllm bench JSON or a guidellm report")
+    ],
     gpu: Annotated[str | None, typer.Option(help="GPU type, if the metadata lacks it")] = None,
     model_name: Annotated[str | None, typer.Option("--model", help="model, if the metadata lacks it")] = None,
     tp: Annotated[int | None, typer.Option(help="tensor-parallel degree, if the metadata lacks it")] = None,
     version: Annotated[str | None, typer.Option(help="vLLM's version, if the metadata lacks it")] = None,
+    benchmark: Annotated[int | None, typer.Option(help="which one of a guidellm report of several, from 0")] = None,
     out: Annotated[Path | None, typer.Option(help="also write the table to this CSV file")] = None,
 ) -> None:
     """Predict a real run from its metadata alone, and print both side by side."""
     options = {"gpu": gpu, "model": model_name, "tensor_parallel_size": tp, "vllm_version": version}
     stated: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
-        recorded = read_run(run_dir, stated)
+        recorded = read_run(run_dir, stated, benchmark)
         result = predict(recorded)
         study = Study(title=recorded.name, rows=tuple(rows(recorded, result)), bars=(), notes=recorded.notes)
     except (ConfigError, OSError) as error:

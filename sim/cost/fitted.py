@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from sim.cluster import Cluster
+from sim.cost.graphs import Captured
 from sim.cost.kernels import Kernels
 from sim.cost.links import collective_seconds
 from sim.cost.overlapped import Overlapped
@@ -17,11 +18,6 @@ from sim.cost.step import Composed, Fixed, Operators, StageCost
 from sim.cost.tables import Grid, ProfileEntry, Table
 from sim.model import ModelSpec
 from sim.types import PS_PER_S, ConfigError, Stage, to_ps
-
-SHARED_LAUNCH = 0.9
-"""Of the shortest chunk's attention: what every further chunk of a step saves, as all chunks are one kernel. In
-aiconfigurator's tables 256 prompts of 16 tokens take 8 (H100), 28 (A100, RTX PRO 6000) or 32 times (L40S) as long as
-one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +124,11 @@ class Fitted:
                 overhead_ps=to_ps(self.overhead.step_s * here),
                 sequence_ps=to_ps(self.overhead.sequence_s * here),
             )
-        return Composed(operators, measured=entry is not None and not entry.predicted)
+        cost = Composed(operators, measured=entry is not None and not entry.predicted)
+        graphs = None if entry is None else entry.graphs
+        if graphs is None or graphs.block_tokens is None:
+            return cost
+        return Captured(cost, graphs, graphs.block_tokens)
 
     def entry(self, model: ModelSpec, stage: Stage, cluster: Cluster) -> ProfileEntry | None:
         """The entry that a stage would use, or None (always for weight-only quantized models)."""
@@ -136,6 +136,8 @@ class Fitted:
         kernels = self._kernels(model, stage, cluster, names)
         for entry in (entry for profile in self.profiles for entry in profile.entries):
             if _matches(entry, model, stage, names):
+                if entry.collective is not None and not _all_reduced(stage, cluster):
+                    entry = replace(entry, collective=None)
                 lacks = entry.collective is None and "collective" not in entry.included
                 return kernels.with_collectives(entry, model) if lacks and kernels is not None else entry
         return None if kernels is None else kernels.entry(model, stage.tp, cluster.gpu(stage.gpus[0]))
@@ -147,11 +149,10 @@ class Fitted:
         return next((form for form in forms if _matches(form, model, stage, names)), None)
 
     def _kernels(self, model: ModelSpec, stage: Stage, cluster: Cluster, names: set[str]) -> Kernels | None:
-        """The first tables of a stage's GPU type; their all-reduces only where they were measured, in one machine."""
+        """The first tables of a stage's GPU type; their all-reduces only where they hold (``_all_reduced``)."""
         for kernels in (kernels for profile in self.profiles for kernels in profile.kernels):
             if kernels.serves(model) and any(names == {gpu.lower()} for gpu in kernels.gpus):
-                machines = {cluster.node(gpu_id).name for gpu_id in stage.gpus}
-                return kernels if len(machines) == 1 else replace(kernels, all_reduce={})
+                return kernels if _all_reduced(stage, cluster) else replace(kernels, all_reduce={})
         return None
 
 
@@ -160,6 +161,15 @@ def _names(model: ModelSpec, stage: Stage, cluster: Cluster) -> set[str]:
     if model.weight_bytes_per_param is not None:
         return set()
     return {cluster.gpu(gpu_id).name.lower() for gpu_id in stage.gpus}
+
+
+def _all_reduced(stage: Stage, cluster: Cluster) -> bool:
+    """Whether measured all-reduces hold: between the GPUs of one machine, over the link that the catalogue gives it.
+
+    A link that a scenario states (``links.intra_node``) is not the one that was measured, and goes first.
+    """
+    machines = {cluster.node(gpu_id).name for gpu_id in stage.gpus}
+    return len(machines) == 1 and cluster.intra_node is None
 
 
 def _matches(part: ProfileEntry | Polynomial, model: ModelSpec, stage: Stage, names: set[str]) -> bool:
@@ -216,13 +226,16 @@ def _measured(entry: ProfileEntry, guess: Operators, scale: _Scale) -> Operators
         fixed["head"] = scale.curve(entry.head, scale.slow, guess.head) if scale.last else _free
         if entry.collective is None and "collective" not in entry.included and scale.last:
             fixed["head"] = scale.gathered(fixed["head"])
+    if entry.graphs is not None and entry.graphs.block_tokens is None:
+        for name in ("linear", "collective"):
+            fixed[name] = entry.graphs.of_tokens(fixed.get(name, getattr(guess, name)))
     overhead_ps = 0 if "overhead" in entry.included else guess.overhead_ps
     if entry.overhead_s is not None:
         overhead_ps = round(entry.overhead_s * scale.slow * PS_PER_S) if scale.first else 0
     chunk, decode, shared_ps = guess.chunk, guess.decode, 0
     if entry.attention_prefill is not None:
         chunk = _chunk_rows(scale.surface(entry.attention_prefill, scale.pair_ps, causal=True))
-        shared_ps = int(SHARED_LAUNCH * chunk(1).values[0])
+        shared_ps = int(entry.shared_launch * chunk(1).values[0])
     if entry.attention_decode is not None:
         decode = _decode_rows(scale.surface(entry.attention_decode, scale.context_ps, causal=False))
     mixed = decode

@@ -15,6 +15,7 @@ from itertools import pairwise
 from math import ceil, exp, log
 
 from sim.cluster import Gpu
+from sim.cost.graphs import Graphs
 from sim.cost.tables import Grid, HeldOut, ProfileEntry, Table
 from sim.model import DTYPE_BYTES, Gemm, ModelSpec
 from sim.types import ConfigError
@@ -100,6 +101,7 @@ class Kernels:
     ``predicted``: scaled from those of another GPU type.
     ``beside_chunks``: a decode in a step with chunks takes this, times its query heads per KV head, as long as it
     takes alone (never less): the kernel that serves both works on whole tiles of queries of one head. 0: the same.
+    ``graphs``: as in ``ProfileEntry``, of the engine that runs them.
     """
 
     gpus: tuple[str, ...]
@@ -110,6 +112,7 @@ class Kernels:
     all_reduce: Mapping[int, Table] = field(default_factory=dict)
     beside_chunks: float = 0.0
     predicted: bool = False
+    graphs: Graphs | None = None
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     def serves(self, model: ModelSpec) -> bool:
@@ -136,6 +139,7 @@ class Kernels:
             attention_decode=decode,
             attention_mixed=self._mixed(decode, model, serial_s) if decode is not None else None,
             predicted=self.predicted,
+            graphs=self.graphs,
             held_out=self.held_out,
         )
 

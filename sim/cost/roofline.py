@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import inf
 
-from sim.cluster import Cluster, Link
+from sim.cluster import Cluster, Gpu, Link
 from sim.cost.links import collective_seconds
 from sim.cost.pieces import Row, steeper
 from sim.cost.step import Composed, Fixed, Operators
@@ -15,6 +15,10 @@ from sim.types import PS_PER_S, ConfigError, Stage
 
 COLLECTIVES_PER_LAYER = 2
 """All-reduces: after attention and after the MLP (Megatron-LM, arXiv 1909.08053, section 3)."""
+
+SUSTAINED = {"T4": 0.57, "L4": 0.58}
+"""Share of the data sheet's FLOP/s that cards of 70 W hold: their clocks fall under load. Prompts of LLaMA-30B in
+Helix's tables (256 tokens and more); those of LLaMA-2-70B judge (experiments/fidelity/left_out.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +97,9 @@ class Roofline:
         if not slow > 0 or slow == inf:
             raise ConfigError(f"stage {stage.name}: slow is {slow}; it must be a number > 0")
         gpus = [cluster.gpu(gpu_id) for gpu_id in stage.gpus]
-        flops = min(gpu.flops_for(model.dtype) for gpu in gpus) / slow
+        flops = min(sustained_flops(gpu, model.dtype) for gpu in gpus) / slow
         wide = "float32" if model.dtype == "float32" else "bfloat16"
-        wide_flops = min(gpu.flops_for(wide) for gpu in gpus) / slow
+        wide_flops = min(sustained_flops(gpu, wide) for gpu in gpus) / slow
         memory = min(gpu.bandwidth_bytes_per_s for gpu in gpus) / slow
         return Rates(
             tp=stage.tp,
@@ -124,6 +128,11 @@ class Rates:
     attention_flops_per_s: float
     attention_bytes_per_s: float
     link: Link
+
+
+def sustained_flops(gpu: Gpu, dtype: str) -> float:
+    """Peak FLOP/s, less where a card's power does not sustain it."""
+    return gpu.flops_for(dtype) * SUSTAINED.get(gpu.name, 1.0)
 
 
 def pair_ps(model: ModelSpec, stage: Stage, rates: Rates) -> float:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Literal
 
+from sim.cost.graphs import Graphs
 from sim.types import ConfigError
 
 Per = Literal["layer", "model"]
@@ -62,6 +63,10 @@ class HeldOut:
 
 INCLUDABLE = ("collective", "embedding", "head", "overhead")
 """Operators that a profile's ``linear`` may contain."""
+SHARED_LAUNCH = 0.9
+"""Of the shortest chunk's attention: what every further chunk of a step saves where all chunks are one kernel. In
+aiconfigurator's tables 256 prompts of 16 tokens take 8 (H100), 28 (A100, RTX PRO 6000) or 32 times (L40S) as long as
+one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +78,9 @@ class ProfileEntry:
     stage whatever its ``per``. ``attention_mixed``: what decodes add to a step that has chunks as well; absent, they
     cost what they cost alone. ``included``: operators that ``linear`` contains already. An operator that is
     neither given nor included is priced by the roofline. ``predicted``: scaled from another GPU type's, not measured.
+    ``shared_launch``: share of the shortest chunk's attention that every further chunk of a step saves: as in vLLM,
+    whose chunks are one kernel, unless said otherwise; 0 for an engine that launches each chunk on its own.
+    ``graphs``: the CUDA graphs that the engine runs its steps in; None: every step runs as it is.
     """
 
     gpus: tuple[str, ...]
@@ -89,6 +97,8 @@ class ProfileEntry:
     overhead_s: float | None = None
     included: frozenset[str] = frozenset()
     predicted: bool = False
+    shared_launch: float = SHARED_LAUNCH
+    graphs: Graphs | None = None
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,6 +112,8 @@ class ProfileEntry:
             raise ConfigError(f"{self.model}: gpus and dtypes must not be empty, tp and num_layers must be >= 1")
         if self.overhead_s is not None and not (isfinite(self.overhead_s) and self.overhead_s >= 0):
             raise ConfigError(f"{self.model}: overhead_s is {self.overhead_s}; it must be a number >= 0")
+        if not 0 <= self.shared_launch <= 1:
+            raise ConfigError(f"{self.model}: shared_launch is {self.shared_launch}; it must be a share, 0 to 1")
 
 
 def _check_axis(name: str, axis: tuple[int, ...], *, least: int) -> None:
