@@ -81,6 +81,8 @@ class Changes:
         self.note(event.kind, f"{event.target}" + (f" x {event.factor}" if event.factor is not None else ""))
         if event.kind == "link_scaled":
             self.engine.links.scale(event.target, self._factor(event))
+            if self.engine.paths is not None:
+                self.engine.paths.links_changed()
         elif event.kind == "gpu_slow":
             self._slow_down(targets, self._factor(event))
         elif event.kind == "gpu_joined":
@@ -163,7 +165,10 @@ class Changes:
 
     def target_gone(self, alarm: Alarm) -> None:
         """Prefilled, but the replica that was to decode it is no more."""
-        job: Job = alarm.subject
+        self.reroute(alarm.subject)
+
+    def reroute(self, job: Job) -> None:
+        """Its way leads nowhere any more: it starts over on another."""
         self._displace(job)
         self._settle_in([job])
 

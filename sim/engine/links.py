@@ -67,6 +67,10 @@ class Links:
             flow.alarm.cancel()
         self._remove(flow)
 
+    def bytes_per_s(self, path: Path) -> float:
+        """Of a path now, for whoever is alone on it."""
+        return path.bytes_per_s(self._capacity)
+
     def scale(self, resource: str, factor: float) -> None:
         """Set a resource's bandwidth to a multiple of its nominal one; 0 cuts it."""
         self._capacity[resource] = self._nominal[resource] * factor

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from sim.cost import StageCost
 from sim.engine.clock import BOUNDARY, Alarm
 from sim.engine.job import Job
+from sim.engine.links import Links
 from sim.engine.node import Hop, Journey, Node, NodeDraft
 from sim.engine.replica import Flight
 from sim.record import ON_THE_WAY
@@ -39,7 +40,12 @@ class Paths:
             )
         if engine.hardware is not None:
             raise ConfigError("plan: nodes with a part of the layers are simulated only; give every replica all layers")
+        if engine.system.limits.async_scheduling:
+            raise ConfigError("engine.async_scheduling: true: nodes with a part of the layers do not; use false")
+        assert isinstance(engine.links, Links)
         self._engine = engine
+        self._links = engine.links
+        self._held_up: list[tuple[Node, Node, list[Journey]]] = []
         self._journeys: dict[Job, Journey] = {}
         self._costs: dict[Hashable, StageCost] = {}
 
@@ -53,11 +59,11 @@ class Paths:
                 f"{type(engine.router).__name__} routes {job} over two paths; nodes keep their KV: use one"
             )
         hops = self._hops(route.prefill, job)
+        job.route = route
         reason = self._never_fits(job, hops)
         if reason is not None:
             engine.finish(job, "rejected", reason)
             return
-        job.route = route
         job.places = (ON_THE_WAY.join(hop.node.name for hop in hops),) * 2
         self._queue(job, hops)
         engine.nudge(hops[0].node)
@@ -84,6 +90,8 @@ class Paths:
         return tuple(hops)
 
     def _never_fits(self, job: Job, hops: Sequence[Hop]) -> str | None:
+        if job.samples > 1:
+            return f"{job.samples} samples of a request: nodes with a part of the layers serve one"
         total = job.input_tokens + job._output_tokens
         if total > self._engine.longest_tokens:
             return f"{total} tokens exceed the model's context of {self._engine.longest_tokens:.0f}"
@@ -101,6 +109,8 @@ class Paths:
         draft = NodeDraft(node, now_ps, lambda work: whole.line(work).first_ps, self._start_over)
         node.batcher.fill(draft)
         if not draft.journeys:
+            if draft.preempted:  # nobody is admitted beside a preemption: decide again
+                self._engine.clock.at(now_ps + 1, self._room, node)
             return
         line, work = self._price(node, draft.journeys)
         for journey in draft.journeys:
@@ -134,7 +144,8 @@ class Paths:
         problem, stage = self._engine.problem, node.spec.stages[0]
         slow = max(self._engine.changes.slow.get(gpu, 1.0) for gpu in node.gpus)
         where: Hashable = problem.cluster.gpu(node.gpus[0]).name if stage.tp == 1 else node.gpus
-        key = where, end - first, first == 0, end == problem.model.num_layers, slow
+        dense = max(0, min(end, problem.model.first_dense_layers) - first)
+        key = where, end - first, dense, first == 0, end == problem.model.num_layers, slow
         if key not in self._costs:
             part = replace(stage, first_layer=first, end_layer=end)
             self._costs[key] = self._engine.cost.bind(problem.model, part, problem.cluster, slow)
@@ -180,16 +191,28 @@ class Paths:
         """To the next node: one message after the other on the link between two, each alone on it.
 
         What has passed the last node goes back to the first by way of the coordinator: two hops, a token's number each.
+        Where the link is cut they wait until some link changes.
         """
-        cluster, clock = self._engine.problem.cluster, self._engine.clock
-        path = cluster.path(source.gpus, target.gpus)
+        clock, path = self._engine.clock, self._engine.problem.cluster.path(source.gpus, target.gpus)
+        bytes_per_s = self._links.bytes_per_s(path)
+        if not bytes_per_s:
+            self._held_up.append((source, target, group))
+            return
         back = group[0].at == 0
         per_token = TOKEN_BYTES if back else self._engine.problem.model.hidden_size * 2
         size_bytes = per_token * sum(journey.tokens for journey in group)
         start_ps = max(clock.now_ps, source.link_free_ps.get(target.name, 0))
-        sent_ps = start_ps + to_ps(size_bytes / path.bytes_per_s(cluster.capacity_bytes_per_s))
+        sent_ps = start_ps + to_ps(size_bytes / bytes_per_s)
         source.link_free_ps[target.name] = sent_ps
         clock.at(sent_ps + max(1, to_ps((1 + back) * path.latency_s)), self._come, group)
+
+    def links_changed(self) -> None:
+        """Send what a cut link has kept back."""
+        held_up, self._held_up = self._held_up, []
+        for source, target, group in held_up:
+            group = [journey for journey in group if self._is_on(journey)]
+            if group:
+                self._send(source, target, group)
 
     def _come(self, alarm: Alarm) -> None:
         group: list[Journey] = [journey for journey in alarm.subject if self._is_on(journey)]
@@ -199,11 +222,15 @@ class Paths:
         node = group[0].hop.node
         for journey in group:
             if engine.by_leg.get(node.leg) is not node:
-                engine.clock.at(engine.clock.now_ps, engine.changes.target_gone, journey.job)
+                engine.clock.at(engine.clock.now_ps, self._target_gone, journey)
             else:
                 (node.prompts if journey.job.remaining_tokens else node.tokens)[journey.job] = journey
         if engine.by_leg.get(node.leg) is node:
             engine.nudge(node)
+
+    def _target_gone(self, alarm: Alarm) -> None:
+        if self._is_on(alarm.subject):  # else something else has happened to it at this instant
+            self._engine.changes.reroute(alarm.subject.job)
 
     def _is_on(self, journey: Journey) -> bool:
         return self._journeys.get(journey.job) is journey

@@ -181,11 +181,11 @@ class Engine:
             return
         prefill = self.resolve(route.prefill, job)
         decode = None if route.decode is None else self.resolve(route.decode, job)
+        job.route = route
         reason = self._never_fits(job, prefill, decode)
         if reason is not None:
             self.finish(job, "rejected", reason)
             return
-        job.route = route
         job.places = (prefill.name, "" if decode is None else decode.name)
         if self.system.limits.prefix_caching and not job.hashes:
             job.hashes = block_hashes(job.request, prefill.block_size)

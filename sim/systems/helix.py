@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from sim.batchers import Passing
 from sim.planners.helix import END, MOVES, HelixPlacement, Placement
@@ -17,12 +17,6 @@ from sim.types import ConfigError, Plan, Reject, Route
 Routing = Literal["flow", "random", "shortest-queue"]
 LEAST_SHARE = 0.05
 """Of a node's flow: edges with less are left out, as in the artifact."""
-
-
-class Reserved(NamedTuple):
-    """KV that a request is expected to fill: (replica, tokens times layers) along its path."""
-
-    places: tuple[tuple[str, int], ...]
 
 
 @dataclass(slots=True)
@@ -49,7 +43,8 @@ class AlongFlow:
         self._seen: tuple[Plan | None, tuple[str, ...]] = (None, ())
         self._onward: dict[str, Onward] = {}
         self._expected: dict[str, int] = defaultdict(int)
-        self._reserved: dict[int, Reserved] = {}
+        self._reserved: dict[int, list[tuple[str, int]]] = {}
+        """By request, the KV it is expected to fill along its path: (replica, tokens times layers)."""
 
     def route(self, request: RequestView, view: View) -> Route | Reject:
         up = {replica.name: replica for replica in view.replicas}
@@ -68,12 +63,12 @@ class AlongFlow:
                 break
         for name, amount in places:
             self._expected[name] += amount
-        self._reserved[request.id] = Reserved(tuple(places))
+        self._reserved[request.id] = places
         leg = tuple(stage for name in path for stage in up[name].leg)
         return Route(leg, leg)
 
     def finished(self, request: RequestView) -> None:
-        for name, amount in self._reserved.pop(request.id).places:
+        for name, amount in self._reserved.pop(request.id):
             self._expected[name] -= amount
 
     def _tokens(self, request: RequestView) -> int:
@@ -108,14 +103,15 @@ class AlongFlow:
 
     def _look(self, plan: Plan, up: Mapping[str, ReplicaView]) -> None:
         """The edges between nodes that are up and from which the last layer can still be reached."""
-        edges = _usable(plan, up)
+        edges = _usable(plan.flows or _all_edges(plan), up)
+        if END not in edges:  # the flow's chains are broken: any other will do
+            edges = _usable(_all_edges(plan), up)
         self._seen = (plan, tuple(up))
         self._onward = {name: Onward(flow, dict.fromkeys(flow, 0.0)) for name, flow in edges.items()}
 
 
-def _usable(plan: Plan, up: Mapping[str, ReplicaView]) -> dict[str, dict[str, float]]:
+def _usable(flows: Mapping[tuple[str, str], float], up: Mapping[str, ReplicaView]) -> dict[str, dict[str, float]]:
     """By node: the flow to each next one; without edges of a small share of the node's flow, where others stay."""
-    flows = plan.flows or _all_edges(plan)
     total: dict[str, float] = defaultdict(float)
     for (source, _), flow in flows.items():
         total[source] += flow
@@ -141,7 +137,7 @@ def _reaching(flows: Mapping[tuple[str, str], float], up: Mapping[str, ReplicaVi
 
 
 def _all_edges(plan: Plan) -> dict[tuple[str, str], float]:
-    """A plan without flows: every edge that its layers allow, alike."""
+    """Every edge that the layers allow, alike."""
     stages = [(replica.name, replica.stages[0]) for replica in plan.replicas]
     last = max(stage.end_layer for _, stage in stages)
     edges = {(END, name): 1.0 for name, stage in stages if stage.first_layer == 0}

@@ -64,7 +64,7 @@ class HelixPlacement:
 
     def network(self, problem: Problem) -> Network:
         """What the machines and links of a problem can pass, by its latency model."""
-        machines = tuple(self._machines(problem))
+        machines = _with_typical_layers(tuple(self._machines(problem)), problem.model.num_layers)
         if not machines:
             raise InfeasibleError(f"plan: no machine holds a layer of {problem.model.name}; use larger GPUs or more tp")
         separate = self.placement == "separate"
@@ -122,10 +122,16 @@ class HelixPlacement:
         of = self.typical or Typical()
         context = of.input_tokens + of.output_tokens // 2
         return Machine(
-            name=kind, gpus=gpus, kind=kind, most_layers=half, fit_layers=fit, kv_tokens=tokens,
+            name=kind, gpus=gpus, kind=kind, most_layers=half, fit_layers=fit, typical_layers=half, kv_tokens=tokens,
             prompt_s=lambda count: seconds(cost, Work(((count, 0),), 0, 0)) / depth,
             decode_s=lambda count: seconds(cost, Work((), count, count * context)) / depth,
         )  # fmt: skip
+
+
+def _with_typical_layers(machines: tuple[Machine, ...], num_layers: int) -> tuple[Machine, ...]:
+    """Two thirds of the most that a machine holds, where these make 1.2 models (as the artifact's tables do, about)."""
+    fewer = tuple(replace(machine, typical_layers=max(1, round(machine.most_layers * 2 / 3))) for machine in machines)
+    return fewer if sum(machine.typical_layers for machine in fewer) >= 1.2 * num_layers else machines
 
 
 def plan_of(network: Network, held: Sequence[Held | None]) -> Plan:

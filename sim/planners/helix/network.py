@@ -31,13 +31,15 @@ class Typical:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a node could do. ``most_layers``: with half of its memory for weights; ``fit_layers``: at all."""
+    """What a node could do. ``most_layers``: with half of its memory for weights; ``fit_layers``: at all;
+    ``typical_layers``: in a placement, for the mean over machines."""
 
     name: str
     gpus: tuple[str, ...]
     kind: str
     most_layers: int
     fit_layers: int
+    typical_layers: int
     kv_tokens: Mapping[int, int]
     """KV tokens that fit beside so many layers."""
     prompt_s: Callable[[int], float]
@@ -50,21 +52,29 @@ class Throughput:
     """Tokens per second, prompts and answers together, of a machine with so many layers (section 3 of the paper).
 
     How much of the KV that fits belongs to requests whose token is here now depends on how long a token is
-    elsewhere: a layer there takes the mean over the machines, each by its most layers, where a layer of a
+    elsewhere: a layer there takes the mean over the machines, each by its typical layers, where a layer of a
     machine takes the inverse of what this very estimate says; that is settled in ten rounds, as in the artifact.
+    Rounding may leave it swinging between two values, so ``first_layer_s`` (seconds of a layer, by kind of machine;
+    default: of 100 decodes) can matter.
     """
 
-    def __init__(self, machines: Sequence[Machine], num_layers: int, typical: Typical | None = None) -> None:
+    def __init__(
+        self,
+        machines: Sequence[Machine],
+        num_layers: int,
+        typical: Typical | None = None,
+        first_layer_s: Mapping[str, float] | None = None,
+    ) -> None:
         self.num_layers = num_layers
         self.typical = typical or Typical()
         kinds = {machine.kind: machine for machine in machines}
-        self._layer_s = {kind: machine.decode_s(100) for kind, machine in kinds.items()}
-        held = {kind: sum(m.most_layers for m in machines if m.kind == kind) for kind in kinds}
+        self._layer_s = dict(first_layer_s or {kind: machine.decode_s(100) for kind, machine in kinds.items()})
+        held = {kind: sum(m.typical_layers for m in machines if m.kind == kind) for kind in kinds}
         self._elsewhere_s = 0.0
         for _ in range(10):
             self._elsewhere_s = sum(held[kind] * self._layer_s[kind] for kind in kinds) / sum(held.values())
             self._layer_s = {
-                kind: 1 / (machine.most_layers * self.tokens_per_s(machine, machine.most_layers))
+                kind: 1 / (machine.typical_layers * self.tokens_per_s(machine, machine.typical_layers))
                 for kind, machine in kinds.items()
             }
         self._elsewhere_s = sum(held[kind] * self._layer_s[kind] for kind in kinds) / sum(held.values())
