@@ -15,8 +15,9 @@ from sim.cluster import Cluster, Path
 from sim.engine.clock import BOUNDARY, Alarm, Clock
 from sim.engine.links import Flow, Links
 from sim.engine.replica import Delivery, Flight, ReplicaState
+from sim.policy import Transfer, View
 from sim.record import LinkRow, Result, StepRow
-from sim.types import PS_PER_S, SimulationError
+from sim.types import PS_PER_S, Chunk, Move, SimulationError
 
 
 class StepPair(NamedTuple):
@@ -79,6 +80,19 @@ class Recorded:
         flow.alarm = self.clock.at(now_ps + max(1, move.end_ps - move.start_ps), done, subject)
         return flow
 
+    def sent(self, inner: Transfer) -> AsRecorded:
+        """A transfer whose flows are modelled, and whose overhead (with a codec that was measured) is the record's."""
+        return AsRecorded(inner, self._landed_in_s)
+
+    def _landed_in_s(self, request: int) -> float:
+        """From now to where a move landed."""
+        if not self._moves[request]:
+            raise SimulationError(f"replay: KV of request {request} moves once more than in the real run")
+        left_ps = self._moves[request].popleft().end_ps - self.clock.now_ps
+        if left_ps < 0:
+            raise SimulationError(f"replay: KV of request {request} is {-left_ps} ps later than in the real run")
+        return left_ps / PS_PER_S
+
     def cancel(self, flow: Flow) -> None:
         if not self._replays_moves:
             self._links.cancel(flow)
@@ -87,3 +101,18 @@ class Recorded:
 
     def scale(self, resource: str, factor: float) -> None:
         self._links.scale(resource, factor)
+
+
+class AsRecorded:
+    """Another transfer, with overheads that ``landed_in_s(request)`` says."""
+
+    def __init__(self, inner: Transfer, landed_in_s: Callable[[int], float]) -> None:
+        self.pull = inner.pull
+        self._inner = inner
+        self._landed_in_s = landed_in_s
+
+    def chunks(self, move: Move, view: View) -> tuple[Chunk, ...]:
+        return self._inner.chunks(move, view)
+
+    def overhead_s(self, move: Move) -> float:
+        return self._landed_in_s(move.request_id)

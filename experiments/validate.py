@@ -118,13 +118,12 @@ def validate(
         lost, ended = str(error), source.ended if len(executed) < repeats else []
     if probes:
         setup = _with_overhead(setup, fitted_overhead(probes), said)
-    system = as_executed(setup.system, how.mode)
     return Validation(
         setup=setup,
         mode=how.mode,
         device=how.device,
-        predicted=_simulate(setup, system),
-        runs=[_with_replay(setup, system, *one, how.mode) for one in executed],
+        predicted=_simulate(setup, as_executed(setup.system, how.mode)),
+        runs=[_with_replay(setup, *one, how.mode) for one in executed],
         lost=lost,
         ended=ended,
     )
@@ -135,6 +134,12 @@ def as_executed(system: System, mode: str) -> System:
     from calibrate.execute.run import AtOnce
 
     return system if mode == "measured-step" else replace(system, transfer=lambda: AtOnce(system.transfer()))
+
+
+def as_recorded(system: System, recorded: Recorded, mode: str) -> System:
+    """What replays a record: on the virtual clock a measured codec's seconds are in the overhead of transfers."""
+    own = as_executed(system, mode)
+    return own if mode == "wall-clock" else replace(own, transfer=lambda: recorded.sent(own.transfer()))
 
 
 def _simulate(setup: Setup, system: System, hardware: Recorded | None = None) -> Result:
@@ -150,13 +155,11 @@ def _execute(setup: Setup, source: Source, how: Execution) -> Result:
     return execute(setup.problem, setup.system, source, how, predictor=setup.predictor, until_s=setup.scenario.until_s)
 
 
-def _with_replay(
-    setup: Setup, system: System, result: Result, source: Watched, load: float | None, mode: str
-) -> RealRun:
+def _with_replay(setup: Setup, result: Result, source: Watched, load: float | None, mode: str) -> RealRun:
     recorded = Recorded(result, setup.problem.cluster, moves=mode == "wall-clock")
     replayed, diverged = None, None
     try:
-        replayed = _simulate(setup, system, recorded)
+        replayed = _simulate(setup, as_recorded(setup.system, recorded, mode), recorded)
     except SimulationError as error:
         diverged = str(error)
     return RealRun(
@@ -185,7 +188,7 @@ def probe(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Seque
     source = Watched(First(setup.requests.source(), count))
     recorded = Recorded(_execute(setup, source, how), setup.problem.cluster, moves=how.mode == "wall-clock")
     simulate(
-        setup.problem, as_executed(setup.system, how.mode), First(setup.requests.source(), count),
+        setup.problem, as_recorded(setup.system, recorded, how.mode), First(setup.requests.source(), count),
         predictor=setup.predictor, until_s=setup.scenario.until_s, hardware=recorded,
     )  # fmt: skip
     return recorded.pairs

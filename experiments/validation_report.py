@@ -18,6 +18,7 @@ from experiments.recorded_steps import StepPair
 from experiments.validate import Validation
 from sim.metrics import distribution
 from sim.record import Result
+from sim.transfers import Quantized
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,8 +161,10 @@ def _scheduling(found: Validation) -> dict[str, Any] | None:
 def _transfers(found: Validation) -> dict[str, float] | None:
     """KV moves of the prediction against the measured ones of the same requests, alone from sending to landing.
 
-    Measured steps model their links as the prediction does: nothing to compare.
+    Measured steps model their links as the prediction does: nothing to compare but a codec.
     """
+    if found.mode == "measured-step" and not isinstance(found.setup.system.transfer(), Quantized):
+        return None
     guesses = _moves(found.predicted)
     pairs = [
         (guesses[request], took_s)
@@ -169,7 +172,7 @@ def _transfers(found: Validation) -> dict[str, float] | None:
         for request, took_s in _moves(run.result).items()
         if request in guesses
     ]
-    if not pairs or found.mode == "measured-step":
+    if not pairs:
         return None
     predicted, measured = np.array(pairs).T
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from sim.cost import Table, codec_seconds
-from sim.policy import View
+from sim.policy import Transfer, View
 from sim.types import Chunk, ConfigError, Move
 
 WHOLE = (Chunk(1.0, 1.0),)
@@ -85,18 +85,22 @@ class ByLength:
 
 
 class Quantized:
-    """All at once, in ``bits`` a value on the way; both ends compute and store 16 bits (ThunderServe, MLSys 2025).
+    """Another transfer's KV in ``bits`` a value on the way; both ends hold 16 bits (ThunderServe, MLSys 2025).
 
-    Every ``group`` values carry a 16-bit scale and a 16-bit zero, so that 4 bits in groups of 64 are 4.5. The codec
-    runs once at either end and takes what ``codec`` says by tokens (both ends together), or else reads and writes at
-    ``codec_bytes_per_s`` (ours: half of what a 24 to 48 GB GPU of 2021 reads). The engine lets it pass after the last
-    byte. 16 bits: no codec.
+    Every ``group`` values carry a 16-bit scale and a 16-bit zero, so that 4 bits in groups of 64 are 4.5. Parts leave
+    when ``inner``'s do (None: all at once). The codec runs once at either end and takes what ``codec`` says by tokens
+    (both ends together), or else reads and writes at ``codec_bytes_per_s`` (ours: half of what a 24 to 48 GB GPU of
+    2021 reads). The engine lets it pass after the last byte, beside ``inner``'s own overhead: none of it is taken to be
+    hidden behind the prompt. 16 bits: no codec.
     """
 
-    pull = False
-
     def __init__(
-        self, bits: int = 4, group: int = 64, codec: Table | None = None, codec_bytes_per_s: float = 4e11
+        self,
+        bits: int = 4,
+        group: int = 64,
+        codec: Table | None = None,
+        codec_bytes_per_s: float = 4e11,
+        inner: Transfer | None = None,
     ) -> None:
         if not 1 <= bits <= 16:
             raise ConfigError(f"system.bits is {bits}; KV is sent in 1 to 16 bits a value")
@@ -104,6 +108,8 @@ class Quantized:
             raise ConfigError(f"system.group is {group}; it must be at least one value per scale")
         if not codec_bytes_per_s > 0:
             raise ConfigError(f"system.codec_bytes_per_s is {codec_bytes_per_s}; it must be > 0")
+        self.inner = Whole() if inner is None else inner
+        self.pull = self.inner.pull
         self.bits = bits
         self.share = 1.0 if bits == 16 else min(1.0, (bits + 32 / group) / 16)
         """Bytes sent, of those of 16 bits."""
@@ -111,11 +117,28 @@ class Quantized:
         self.codec_bytes_per_s = codec_bytes_per_s
 
     def chunks(self, move: Move, view: View) -> tuple[Chunk, ...]:
-        return (Chunk(self.share, 1.0),)
+        return tuple(Chunk(part.share * self.share, part.ready) for part in self.inner.chunks(move, view))
 
     def overhead_s(self, move: Move) -> float:
+        return self.inner.overhead_s(move) + self.codec_s(move)
+
+    def codec_s(self, move: Move) -> float:
+        """Seconds of both ends together."""
         if self.bits == 16:
             return 0.0
         if self.codec is not None:
             return float(np.interp(move.tokens, self.codec.counts, self.codec.seconds))
         return 2 * codec_seconds(move.kv_bytes, self.share, self.codec_bytes_per_s, 1.0)
+
+
+def in_bits(inner: Transfer, kv_bits: int, moves: bool = True) -> Transfer:
+    """A transfer as a system's option ``kv_bits`` wants it. ``moves``: whether the layout has KV to send."""
+    if isinstance(kv_bits, bool) or not isinstance(kv_bits, int) or not 1 <= kv_bits <= 16:
+        raise ConfigError(f"system.kv_bits is {kv_bits!r}; KV is sent in 1 to 15 bits a value, or as it is (16)")
+    if kv_bits == 16:
+        return inner
+    if not moves:
+        raise ConfigError(
+            f"system.kv_bits is {kv_bits}; only KV that moves is quantised: give prefill and decode pools"
+        )
+    return Quantized(kv_bits, inner=inner)

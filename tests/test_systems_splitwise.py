@@ -193,6 +193,19 @@ def test_the_token_pool_does_not_touch_first_tokens_at_low_load() -> None:
     assert firsts[0] == firsts[1] == firsts[2]
 
 
+def test_four_bits_send_less_and_cost_a_codec() -> None:
+    """4.5 of 16 bits over a link of 1.25 GB/s, then the synchronisation as before, and the codec of 400 GB/s."""
+    plain, few = (visible_s(500, transfer="serial", kv_bits=bits) for bits in (16, 4))
+    codec_s = 2 * 500 * KV * (1 + 4.5 / 16) / 4e11
+    assert plain - few == pytest.approx(500 * KV / 1.25e9 * (1 - 4.5 / 16) - codec_s, abs=1e-9)
+    assert visible_s(2000, transfer="per-layer", kv_bits=4) < visible_s(2000, transfer="serial", kv_bits=4)
+
+
+def test_the_authors_simulator_has_no_codec() -> None:
+    with pytest.raises(ConfigError, match="leave out kv_bits or compat"):
+        pools(compat="splitwise_sim", kv_bits=4)
+
+
 def test_a_wrong_transfer_is_named() -> None:
     with pytest.raises(ConfigError, match=r"system\.transfer is 'fast'; splitwise has auto, serial, per-layer"):
         pools(transfer="fast")

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from sim import Cluster, PolicyError, Problem, StalledError
-from sim.policy import View
-from sim.transfers import ByLength, LayerByLayer, Whole
-from sim.types import Chunk, ClusterEvent, Move, Plan, to_ps
+from sim.policy import Transfer, View
+from sim.transfers import ByLength, ChunkByChunk, LayerByLayer, Quantized, Whole, in_bits
+from sim.types import Chunk, ClusterEvent, ConfigError, Move, Plan, to_ps
 from tests.lab import SPLIT, Way, system
 from tests.toys import MS, TINY, problem, replica, request, run
 
@@ -184,6 +184,27 @@ def test_short_prompts_go_at_once() -> None:
     assert len(policy.chunks(MOVE._replace(tokens=511), None)) == 1  # type: ignore[arg-type]
     assert len(policy.chunks(MOVE._replace(tokens=512), None)) == 2  # type: ignore[arg-type]
     assert policy.overhead_s(MOVE) == 0.005
+
+
+@pytest.mark.parametrize("inner", [Whole(pull=True, sync_s=0.25), LayerByLayer(0.5), ByLength(64), ChunkByChunk(64)])
+def test_quantised_parts_leave_when_the_plain_ones_do(inner: Transfer) -> None:
+    """4.5 bits of 16 in each part, and the codec (a read and a write at either end) after what followed before."""
+    thin = Quantized(4, codec_bytes_per_s=1e9, inner=inner)
+    plain, few = (each.chunks(MOVE, None) for each in (inner, thin))  # type: ignore[arg-type]
+    assert few == tuple(Chunk(part.share * 4.5 / 16, part.ready) for part in plain)
+    codec_s = 2 * MOVE.kv_bytes * (1 + 4.5 / 16) / 1e9
+    assert thin.overhead_s(MOVE) == inner.overhead_s(MOVE) + codec_s
+    assert thin.pull == inner.pull
+    assert Quantized(16, inner=inner).chunks(MOVE, None) == plain  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kv_bits", "moves", "message"),
+    [(0, True, "kv_bits is 0"), (4.5, True, "kv_bits is 4.5"), (4, False, "give prefill and decode pools")],
+)
+def test_wrong_bits_are_named(kv_bits: int, moves: bool, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        in_bits(Whole(), kv_bits, moves)
 
 
 def test_a_move_takes_longer_over_a_slower_link() -> None:

@@ -36,6 +36,9 @@ from tests.toys import MS, Requests, ToyCost, request
 
 MEASURED = Execution(kv_blocks=200)
 SPLIT: dict[str, Any] = {"name": "vllm", "prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 1, "tp": 1}}
+FOUR_BITS: dict[str, Any] = {
+    "name": "splitwise", "prefill": {"replicas": 2, "tp": 1}, "decode": {"replicas": 2, "tp": 1}, "kv_bits": 4,
+}  # fmt: skip
 COLOCATED: dict[str, Any] = {"name": "sarathi-serve", "replicas": 1, "tp": 1, "token_budget": 64}
 
 
@@ -50,7 +53,7 @@ def scenario(folder: Path, system: dict[str, Any], requests: int = 12, **more: A
     data = {
         "model": "small.json",
         "cluster": {
-            "nodes": [{"gpu": "CPU", "count": 1, "nodes": 2}],
+            "nodes": [{"gpu": "CPU", "count": 1, "nodes": 4 if system["name"] == "splitwise" else 2}],
             "links": {"inter_node": {"gbps": 1, "latency_us": 50}},
         },
         "workload": {
@@ -85,13 +88,27 @@ def test_a_prediction_is_compared_with_its_execution(tmp_path: Path) -> None:
     assert set(rows) >= {("ttft_s", "mean"), ("tpot_s", "p99"), ("e2e_s", "p50"), ("makespan_s", "")}
 
 
-@pytest.mark.parametrize("system", [SPLIT, COLOCATED], ids=["split", "colocated"])
+@pytest.mark.parametrize("system", [SPLIT, COLOCATED, FOUR_BITS], ids=["split", "colocated", "splitwise 4 bits"])
 def test_replayed_steps_give_each_request_its_measured_times(tmp_path: Path, system: dict[str, Any]) -> None:
     found = validate(setup_of(tmp_path, system), MEASURED, repeats=1)
     scheduling = attribution(found)["scheduling"]
     assert scheduling["diverged"] == []
     assert scheduling["largest_ttft_error"] < 1e-9
     assert scheduling["largest_e2e_error"] < 1e-9
+
+
+def test_splitwise_with_four_bits_runs_end_to_end_on_one_device(tmp_path: Path) -> None:
+    """Two prefill and two decode machines, a real codec at every move."""
+    out = tmp_path / "out"
+    options = ["--mode", "measured-step", "--repeats", "1", "--overhead", "--out", str(out), "--quiet", "--json"]
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["validate", str(scenario(tmp_path, FOUR_BITS)), *options])
+    found = json.loads((out / "summary.json").read_text())
+    assert found["complete"]
+    assert found["compared"] == 12
+    assert found["attribution"]["scheduling"]["diverged"] == []
+    assert found["attribution"]["transfer"]["moves"] == 12
+    assert found["attribution"]["transfer"]["error"] != 0  # the prediction models the codec that the run measures
 
 
 def test_a_replay_of_other_steps_is_noticed(tmp_path: Path) -> None:

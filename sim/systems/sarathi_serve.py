@@ -10,7 +10,7 @@ from sim.batchers.stall_free import COMPOSITIONS, Composition
 from sim.policy import Limits, System
 from sim.reschedulers import RestorePlan
 from sim.systems.layout import PoolOption, layout
-from sim.transfers import Whole
+from sim.transfers import Whole, in_bits
 from sim.types import ConfigError
 
 
@@ -25,13 +25,14 @@ def sarathi_serve(
     gpu: str | None = None,
     prefill: PoolOption = None,
     decode: PoolOption = None,
+    kv_bits: int = 16,
 ) -> System:
     """Sarathi-Serve: every running decode in every iteration, prompt chunks in the rest of a token budget.
 
     ``token_budget`` defaults to engine.max_num_batched_tokens, else 512 (the paper's strict setting; 2048 relaxed);
     ``tbt_s``: to the most tokens whose iteration keeps this bound. ``mode`` (table 4): chunked-only never mixes chunks
     with decodes, hybrid-only never cuts prompts. ``dynamic_chunks``: high_tokens, low_tokens, stages and max_tokens
-    of a budget that falls as a prompt proceeds.
+    of a budget that falls as a prompt proceeds. ``kv_bits`` a value of KV on the way between pools (16: as it is).
     """
     if mode not in COMPOSITIONS:
         raise ConfigError(f"system.mode is {mode!r}; sarathi-serve has {', '.join(COMPOSITIONS)}")
@@ -45,13 +46,14 @@ def sarathi_serve(
         raise ConfigError(f"system.token_budget is {token_budget!r}; it must be a whole number >= 1")
     schedule = chunk_schedule(dynamic_chunks) if dynamic_chunks is not None else None
     planner, router = layout(replicas, tp, pp, gpu, prefill, decode)
+    transfer = in_bits(Whole(), kv_bits, moves=prefill is not None or decode is not None)
     return System(
         name="sarathi-serve",
         mirrors="Sarathi-Serve, OSDI 2024 branch",
         planner=planner,
         router=router,
         batcher=lambda role: StallFree(token_budget, composition=mode, tbt_s=tbt_s, schedule=schedule),
-        transfer=Whole,
+        transfer=lambda: transfer,
         rescheduler=RestorePlan,
         limits=Limits(max_num_seqs=128),
     )

@@ -15,7 +15,7 @@ from sim.policy import Limits, ReplicaView, RequestView, Rescheduler, System, Tr
 from sim.reschedulers import RestorePlan
 from sim.systems.layout import PoolOption
 from sim.systems.splitwise_sim import NEVER_DUE, Detached, TokenCountOnly, kv_scale
-from sim.transfers import ByLength, LayerByLayer, Whole
+from sim.transfers import ByLength, LayerByLayer, Whole, in_bits
 from sim.types import Change, Chunk, ConfigError, Move, Plan, Reject, Role, Route, Signal
 
 SERIAL_BELOW_TOKENS = 512
@@ -199,6 +199,7 @@ TRANSFERS: Mapping[str, Callable[[], Transfer]] = {
 def splitwise(
     transfer: Literal["auto", "serial", "per-layer"] = "auto",
     sync_s: float | None = None,
+    kv_bits: int = 16,
     prompt_queue_tokens: int = 8192,
     max_pauses: int = 4,
     status_delay_s: float = 0.0,
@@ -212,7 +213,8 @@ def splitwise(
     """Splitwise: prompt and token machines paired per request, a mixed pool between them, KV sent layer by layer.
 
     ``transfer``: serial, per-layer, or auto (serial for prompts under 512 tokens); ``sync_s`` follows every one
-    (default: 8 ms from A100, 5 ms from others). A machine refuses prompts once ``prompt_queue_tokens`` are pending, as
+    (default: 8 ms from A100, 5 ms from others); ``kv_bits`` a value of KV on the way, 16 as it is (fewer are not in the
+    paper). A machine refuses prompts once ``prompt_queue_tokens`` are pending, as
     known ``status_delay_s`` late; a decode is paused for prompts at most ``max_pauses`` times. ``repurpose``: a machine
     mixed for more than half of 5 min changes its role. ``power_capped``: nodes on which steps with prompts take
     ``power_cap_prompt_factor`` as long (1.3 is derived, not measured). ``compat``: splitwise_sim repeats the known
@@ -223,6 +225,8 @@ def splitwise(
         raise ConfigError(f"system.transfer is {transfer!r}; splitwise has {', '.join(TRANSFERS)}")
     if compat not in (None, "splitwise_sim"):
         raise ConfigError(f"system.compat is {compat!r}; it must be splitwise_sim, or left out")
+    if compat is not None and kv_bits != 16:
+        raise ConfigError(f"system.kv_bits is {kv_bits}; splitwise-sim sends KV as it is: leave out kv_bits or compat")
     for name, value in (("sync_s", sync_s), ("status_delay_s", status_delay_s)):
         if value is not None and not 0 <= value < float("inf"):
             raise ConfigError(f"system.{name} is {value}; it must be a number >= 0")
@@ -234,7 +238,11 @@ def splitwise(
         return PowerCapped(inner=known, nodes=frozenset(power_capped), prompt_factor=power_cap_prompt_factor)
 
     def sending() -> Transfer:
-        return Detached(serial=transfer == "serial") if compat else SyncBySender(TRANSFERS[transfer](), sync_s)
+        if compat:
+            return Detached(serial=transfer == "serial")
+        return in_bits(SyncBySender(TRANSFERS[transfer](), sync_s), kv_bits)
+
+    sending()  # so that a wrong option is told before the run
 
     rescheduler: Callable[[], Rescheduler] = Repurpose if repurpose else RestorePlan
     return System(

@@ -8,7 +8,7 @@ from sim.batchers import MixedPrompts, PrefillFirst, TokenBudget
 from sim.policy import Batcher, System
 from sim.reschedulers import RestorePlan
 from sim.systems.layout import PoolOption, layout
-from sim.transfers import Whole
+from sim.transfers import Whole, in_bits
 from sim.types import ConfigError, Role
 
 MIRRORS = {
@@ -31,12 +31,14 @@ def vllm(
     gpu: str | None = None,
     prefill: PoolOption = None,
     decode: PoolOption = None,
+    kv_bits: int = 16,
 ) -> System:
     """vLLM: paged KV, continuous batching; V1 token budget or V0 prefill-first; colocated, or split by a KV connector.
 
     ``mode`` paper lets whole prompts join the decodes, v0 never mixes the two; both may swap, and serve groups of
     samples. v1 cuts prompts into chunks, recomputes only, and may go by ``policy`` priority. Replicas get requests by
-    fewest outstanding. With ``prefill`` and ``decode`` pools the decode side pulls the whole prompt's KV.
+    fewest outstanding. With ``prefill`` and ``decode`` pools the decode side pulls the whole prompt's KV,
+    in ``kv_bits`` a value (16: as it is).
     """
     if mode not in MIRRORS:
         raise ConfigError(f"system.mode is {mode!r}; vllm has {', '.join(MIRRORS)}")
@@ -47,6 +49,7 @@ def vllm(
     if policy not in ("fcfs", "priority") or (policy == "priority" and mode != "v1"):
         raise ConfigError(f"system.policy is {policy!r}; vllm v1 has fcfs and priority, v0 and paper have fcfs")
     planner, router = layout(replicas, tp, pp, gpu, prefill, decode)
+    transfer = in_bits(Whole(pull=True), kv_bits, moves=prefill is not None or decode is not None)
 
     def batcher(role: Role) -> Batcher:
         if mode == "paper":
@@ -61,6 +64,6 @@ def vllm(
         planner=planner,
         router=router,
         batcher=batcher,
-        transfer=lambda: Whole(pull=True),
+        transfer=lambda: transfer,
         rescheduler=RestorePlan,
     )
