@@ -8,6 +8,9 @@ graph can capture it), except ``expert_mlp`` where it says so.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,21 +24,21 @@ CPU_GATHER_BYTES = 1 << 20
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, in float32 inside (Zhang, Sennrich, NeurIPS 2019)."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return functional.rms_norm(x, weight.shape, weight, eps)  # one kernel on CUDA
 
 
-def rope_angles(positions: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[T, 1, D / 2]`` in float32 of the rotation at each position; computed once a step."""
+def rope_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine ``[T, 1, D]`` of the rotation at each position, as ``rope`` wants them; once a step."""
     angles = positions.float()[:, None, None] * frequencies
-    return angles.cos() * scale, angles.sin() * scale
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of ``[T, heads, D]``; the halves of a head form the pairs, as in Hugging Face models."""
-    cos, sin = (angle.to(x.dtype) for angle in angles)
+    cos, sin = angles
     left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return torch.addcmul(x * cos, torch.cat((right, left), dim=-1), sin)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -59,6 +62,11 @@ def gather_kv(cache: Tensor, tables: Tensor) -> Tensor:
     return found.view(sequences, blocks * cache.shape[1], *cache.shape[2:])
 
 
+def without_plans() -> None:
+    """Leave cuDNN's attention out: it plans every new shape for milliseconds, and prompts come in all lengths."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def chunk_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of one prompt's chunk ``[T, H, D]`` over all its keys ``[L, G, D]``: the last T of them are its own."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, keys, values))
@@ -77,17 +85,32 @@ def paged_chunk_attention(query: Tensor, keys: Tensor, values: Tensor, table: Te
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor) -> Tensor:
     """Attention of one new token ``[S, H, D]`` per sequence over its first ``contexts[s]`` tokens in paged KV.
 
-    ``tables``: blocks ``[S, M]``, padded with any valid block; all sequences are padded to M * B tokens, so give
-    sequences of similar length together. The query heads that share a key head take the place of query tokens, so
-    that no key is copied per query head. On the CPU a few sequences at a time, so that what is gathered stays in the
-    processor's cache (and is not fresh memory from the system each time, which takes ten times as long).
+    ``tables``: blocks ``[S, M]``, padded with any valid block. With triton on CUDA each sequence's blocks are read
+    where they lie. Elsewhere all sequences are gathered and padded to M * B tokens, so give sequences of similar length
+    together. The query heads that share a key head take the place of query tokens, so that no key is copied per query
+    head. On the CPU a few sequences at a time, so that what is gathered stays in the processor's cache (and is not
+    fresh memory from the system each time, which takes ten times as long).
     """
+    if reads_in_place(query):
+        from calibrate import paged_attention
+
+        return paged_attention.decode(query, keys, values, tables, contexts)
     if query.is_cuda:
         return _decode_together(query, keys, values, tables, contexts)
     row_bytes = tables.shape[1] * keys[0].numel() * keys.element_size()
     rows = max(1, CPU_GATHER_BYTES // row_bytes)
     parts = zip(*(torch.split(x, rows) for x in (query, tables, contexts)), strict=True)
     return torch.cat([_decode_together(some, keys, values, blocks, lengths) for some, blocks, lengths in parts])
+
+
+def reads_in_place(x: Tensor) -> bool:
+    """Whether ``decode_attention`` on such values takes time by the contexts alone, however wide the tables are."""
+    return x.is_cuda and _triton_runs(x.device)
+
+
+@cache
+def _triton_runs(device: torch.device) -> bool:
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _decode_together(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor) -> Tensor:
@@ -158,8 +181,12 @@ def expert_mlp(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, dow
 
 
 def grouped_gemms(x: Tensor) -> bool:
-    """Whether ``expert_mlp`` on such values never waits for the device."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and hasattr(functional, "grouped_mm")
+    """Whether ``expert_mlp`` on such values never waits for the device: torch's grouped GEMM of Hopper and Blackwell.
+
+    On other GPUs torch runs it as a loop, which does wait.
+    """
+    known = x.is_cuda and x.dtype == torch.bfloat16 and hasattr(functional, "grouped_mm")
+    return known and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def _one_by_one(x: Tensor, ends: list[int], gate_up: Tensor, down: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibrate import measure_fit
 from calibrate.bench.shapes import Shard
 from calibrate.measure import Outcome
 from calibrate.measure import calibrate as measure_model
@@ -137,3 +138,17 @@ def test_the_sequences_of_a_step_share_no_blocks() -> None:
     assert len(batch.tokens) == 45
     assert batch.wanted.tolist() == [39, 40, 41, 42, 43, 44]
     assert batch.positions.tolist()[:40] == list(range(40))
+
+
+def test_an_entry_says_how_the_engine_launches_its_steps(tiny: Path, tmp_path: Path) -> None:
+    """Chunks one by one; on CUDA, on one GPU a stage, decodes in graphs of up to as many as the engine captures."""
+    pytest.importorskip("torch")
+    from calibrate.execute.graphs import MAX_SEQUENCES, bucket
+
+    profile, samples, _ = measured_rest(tiny, tmp_path / "out.json")
+    assert (profile.entries[0].shared_launch, profile.entries[0].graphs) == (0.0, None)
+    shard = Shard(spec=model(str(tiny), samples[0].dtype), tp=1)
+    found, _ = measure_fit.entry(shard, "CPU", samples, cuda=True)
+    assert found.graphs is not None
+    assert found.graphs.sizes[-1] == MAX_SEQUENCES
+    assert [found.graphs.padded(count) for count in range(1, 257)] == [bucket(count) for count in range(1, 257)]

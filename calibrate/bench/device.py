@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibrate import kernels
 from sim.cluster import did_you_mean
 from sim.cost import Device
 from sim.types import ConfigError
@@ -122,6 +123,7 @@ def target(name: str, threads: int | None = None) -> Target:
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+        kernels.without_plans()
         return Target(device, torch.cuda.get_device_properties(device).L2_cache_size)
     keep_freed_memory()
     return Target(torch.device("cpu"), _cpu_cache_bytes())
@@ -159,11 +161,16 @@ def describe(target: Target, gpu: str | None) -> Device:
         description=properties.name,
         memory_bytes=properties.total_memory,
         cuda=torch.version.cuda,
-        attention_backend=f"torch SDPA over gathered blocks ({', '.join(enabled)} enabled)",
+        attention_backend=f"torch SDPA ({', '.join(enabled)} enabled); decodes: {_decode_backend(target)}",
         settings={"tf32": str(torch.backends.cuda.matmul.allow_tf32), "cuda_graphs": "True"},
         **facts,
         **_clocks(target),
     )
+
+
+def _decode_backend(target: Target) -> str:
+    in_place = kernels.reads_in_place(torch.empty(0, device=target.torch_device))
+    return "paged flash decoding in triton" if in_place else "torch SDPA over gathered blocks"
 
 
 def catalogue_name(name: str) -> str:

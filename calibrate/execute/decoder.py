@@ -76,7 +76,7 @@ class Decoder:
         if hidden is None:
             assert self.weights.embedding is not None, "only the first stage takes tokens"
             hidden = self.ranks.embed(batch.tokens, self.weights.embedding, self.arch.vocab_size)
-        angles = kernels.rope_angles(batch.positions, self.frequencies)
+        angles = kernels.rope_angles(batch.positions, self.frequencies, hidden.dtype)
         for layer, kv in zip(self.weights.layers, cache.layers, strict=True):
             hidden = hidden + self.ranks.sum(self._attention(layer, batch, kv, hidden, angles))
             hidden = hidden + self.ranks.sum(self._mlp(layer, hidden))
@@ -92,24 +92,31 @@ class Decoder:
         heads, groups = arch.num_heads, arch.num_kv_heads
         x = kernels.rms_norm(hidden, layer.input_norm, arch.norm_eps)
         qkv = functional.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, arch.head_dim)
-        q, k, v = torch.split(qkv, [heads, groups, groups], dim=1)
+        qk, v = torch.split(qkv, [heads + groups, groups], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = kernels.rms_norm(q, layer.q_norm, arch.norm_eps), kernels.rms_norm(k, layer.k_norm, arch.norm_eps)
-        q, k = kernels.rope(q, angles), kernels.rope(k, angles)
+            q, k = torch.split(qk, [heads, groups], dim=1)
+            norms = (layer.q_norm, layer.k_norm)
+            qk = torch.cat([kernels.rms_norm(x, w, arch.norm_eps) for x, w in zip((q, k), norms, strict=True)], dim=1)
+        q, k = torch.split(kernels.rope(qk, angles), [heads, groups], dim=1)
+        kernels.scatter_kv(kv[0], batch.slots, k)
+        kernels.scatter_kv(kv[1], batch.slots, v)
+        out = self._attended(batch, kv, q, k, v)
+        return functional.linear(out.flatten(1), layer.o, layer.o_bias)
+
+    @staticmethod
+    def _attended(batch: Batch, kv: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = kv
-        kernels.scatter_kv(keys, batch.slots, k)
-        kernels.scatter_kv(values, batch.slots, v)
-        out = torch.empty_like(q)
+        parts = []
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.end)
             if chunk.context == chunk.end - chunk.start:
-                out[rows] = kernels.chunk_attention(q[rows], k[rows], v[rows])
+                parts.append(kernels.chunk_attention(q[rows], k[rows], v[rows]))
             else:
-                out[rows] = kernels.paged_chunk_attention(q[rows], keys, values, chunk.table, chunk.context)
+                parts.append(kernels.paged_chunk_attention(q[rows], keys, values, chunk.table, chunk.context))
         for group in batch.decodes:
             rows = slice(group.start, group.end)
-            out[rows] = kernels.decode_attention(q[rows], keys, values, group.tables, group.contexts)
-        return functional.linear(out.flatten(1), layer.o, layer.o_bias)
+            parts.append(kernels.decode_attention(q[rows], keys, values, group.tables, group.contexts))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
         arch = self.arch

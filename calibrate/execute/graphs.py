@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from calibrate import kernels
 from calibrate.execute.cache import PagedKv
 from calibrate.execute.decoder import Batch, Decoder, DecodeRows
 
@@ -19,45 +22,68 @@ def bucket(count: int) -> int:
 
 
 class DecodeGraphs:
-    """Captures a graph at the first decode step of each (sequences, blocks) bucket, and replays it from then on."""
+    """A graph for each bucket of sequences and blocks, captured at first use.
+
+    Where attention reads KV in place, a graph for each bucket of sequences serves all contexts. All share one pool of
+    memory, since one runs at a time.
+    """
 
     def __init__(self, decoder: Decoder, cache: PagedKv) -> None:
         self._decoder = decoder
         self._cache = cache
+        self._any_width = kernels.reads_in_place(decoder.weights.layers[0].qkv)
+        self._pool: Any = None
         self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Batch, Tensor | None, Tensor]] = {}
 
     def suits(self, batch: Batch) -> bool:
-        return not batch.chunks and 0 < len(batch.tokens) <= MAX_SEQUENCES and len(batch.wanted) == len(batch.tokens)
+        """Only decodes, all of which want a token, and tables that a graph can hold."""
+        if batch.chunks or not 0 < len(batch.tokens) <= MAX_SEQUENCES or len(batch.wanted) != len(batch.tokens):
+            return False
+        return not self._any_width or _width(batch) <= self._cache.blocks
+
+    def warm_up(self) -> None:
+        """Capture all graphs there can be, if they are few: a capture during a run takes longer than many steps."""
+        if self._any_width:
+            for power in reversed(range(MAX_SEQUENCES.bit_length())):  # the others fit into its memory
+                self._graph(1 << power, self._cache.blocks)
 
     def run(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
-        """As ``decoder(batch, cache, hidden)``; the result is overwritten by the next run of the same bucket."""
+        """As ``decoder(batch, cache, hidden)``; the result is overwritten by the next run."""
         seqs = len(batch.tokens)
-        width = max(group.tables.shape[1] for group in batch.decodes)
-        key = (bucket(seqs), bucket(width))
-        if key not in self._captured:
-            self._captured[key] = self._capture(*key, hidden)
-        graph, static, static_hidden, out = self._captured[key]
+        width = self._cache.blocks if self._any_width else bucket(_width(batch))
+        graph, static, static_hidden, out = self._graph(bucket(seqs), width)
         _fill(static, batch, seqs)
         if hidden is not None and static_hidden is not None:
             static_hidden[:seqs].copy_(hidden)
         graph.replay()
         return out[:seqs]
 
-    def _capture(
-        self, seqs: int, width: int, hidden: Tensor | None
-    ) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor | None, Tensor]:
-        static = _padding(seqs, width, self._decoder.device)
-        inputs = None if hidden is None else hidden.new_zeros(seqs, hidden.shape[1])
+    def _graph(self, seqs: int, width: int) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor | None, Tensor]:
+        if (seqs, width) not in self._captured:
+            self._captured[seqs, width] = self._capture(seqs, width)
+        return self._captured[seqs, width]
+
+    def _capture(self, seqs: int, width: int) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor | None, Tensor]:
+        arch, weights, device = self._decoder.arch, self._decoder.weights, self._decoder.device
+        static = _padding(seqs, width, device)
+        inputs = None
+        if weights.embedding is None:
+            inputs = torch.zeros(seqs, arch.hidden_size, dtype=arch.torch_dtype, device=device)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels choose their plans outside the capture
+        with torch.cuda.stream(side):  # kernels are compiled and loaded, and choose their plans, outside the capture
             for _ in range(2):
                 self._decoder(static, self._cache, inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # KV may come and go in other threads
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # KV moves in other threads
             out = self._decoder(static, self._cache, inputs)
+        self._pool = graph.pool()
         return graph, static, inputs, out
+
+
+def _width(batch: Batch) -> int:
+    return max(group.tables.shape[1] for group in batch.decodes)
 
 
 def _padding(seqs: int, width: int, device: str) -> Batch:

@@ -64,6 +64,9 @@ class Stage:
         end = arch.num_layers if end is None else end
         if device == "cpu":
             keep_freed_memory()
+        else:
+            kernels.without_plans()
+            torch.cuda.set_device(torch.device(device).index or 0)  # streams and graphs are of the current one
         needed = num_bytes(arch, first, end, ranks.shard) + cache_bytes(own, end - first, blocks, block_size)
         check_memory(f"{arch.name}: layers {first} to {end} and {blocks} KV blocks", needed, device)
         weights: Weights
@@ -78,6 +81,8 @@ class Stage:
         self._lock = Lock()  # of the tables
         self._swapped: dict[int, tuple[Tensor, ...]] = {}
         self.graphs = DecodeGraphs(self.decoder, self.cache) if self.decoder.capturable else None
+        if device != "cpu":
+            self.warm_up()
 
     @property
     def samples(self) -> bool:
@@ -98,6 +103,24 @@ class Stage:
             return {}, out
         chosen = self.decoder.ranks.argmax(out, self.decoder.arch.vocab_size).tolist()
         return dict(zip((item.sequence for item in ordered if item.wants), chosen, strict=True)), None
+
+    def warm_up(self, tokens: int = 256) -> None:
+        """Run every kind of row once, on nobody's block, so that no kernel is loaded and no graph captured later."""
+        size, device = self.cache.block_size, self.decoder.device
+        table = np.zeros(-(-2 * tokens // size), dtype=np.int64)
+        ones, ids = np.ones(1, dtype=np.int64), np.zeros(2 * tokens + 1, dtype=np.int64)
+        batch = assemble(
+            [(0, tokens, table), (tokens, tokens, table)], ones, table[None, :1], ids, [2 * tokens],
+            block_size=size, device=device,
+        )  # fmt: skip
+        arch, hidden = self.decoder.arch, None
+        if self.decoder.weights.embedding is None:
+            hidden = torch.zeros(len(ids), arch.hidden_size, dtype=arch.torch_dtype, device=device)
+        out = self.decoder(batch, self.cache, hidden)
+        if self.samples:
+            self.decoder.ranks.argmax(out, arch.vocab_size).cpu()
+        if self.graphs is not None:
+            self.graphs.warm_up()
 
     def _make_room(self, items: Sequence[Item]) -> None:
         for item in items:

@@ -17,6 +17,7 @@ import torch
 
 from calibrate.execute.architecture import Architecture
 from calibrate.execute.decoder import Batch
+from calibrate.execute.graphs import bucket
 from calibrate.execute.layout import assemble
 from calibrate.execute.stage import Stage, group_of
 from calibrate.kernels import dequantise_4bit, quantise_4bit
@@ -87,7 +88,7 @@ class MeasuredStage:
         self.executed = 0
         self._rng = np.random.default_rng(steps.seed)
         self._blocks = self._rng.permutation(np.arange(1, steps.kv_blocks + 1))
-        self._warm: set[tuple[int, int, int, bool]] = set()
+        self._warm: set[tuple[int, ...]] = set()
         self._known: dict[Work, float] = {}
         for layer in self.stage.cache.layers:
             for cache in layer:
@@ -107,7 +108,7 @@ class MeasuredStage:
     def _run_warm(self, work: Work) -> float:
         per_seq = work.decode_context // max(1, work.decode_seqs)
         blocks = -(-per_seq // self.steps.block_size)
-        sizes = (work.tokens.bit_length(), work.decode_seqs.bit_length(), blocks.bit_length(), bool(work.chunks))
+        sizes = (*map(bucket, (work.tokens, work.decode_seqs, blocks)), bool(work.chunks))  # as graphs are captured
         if sizes not in self._warm:
             self._warm.add(sizes)
             self._run(work)
