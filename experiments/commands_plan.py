@@ -14,7 +14,6 @@ import typer
 if TYPE_CHECKING:
     from experiments.plan import Found, Option
     from experiments.scenario import Scenario
-    from sim.planners.thunderserve import LogRow
 
 INFEASIBLE = 3
 
@@ -88,7 +87,7 @@ def plan(
     brief = too_brief(best[0], requests)
     if brief is not None and shortfall(best[0]) is None:
         log.say(brief)
-    _report(best, found.log, scenario.stem, out, json_, log)
+    _report(best, found, scenario.stem, out, json_, log)
 
 
 def _check(
@@ -186,20 +185,21 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, float], None]]:
 # ---------------------------------------------------------------- what is shown
 
 
-def _report(
-    best: list[Option], evaluations: Sequence[LogRow], title: str, out: Path | None, json_: bool, log: Any
-) -> None:
+def _report(best: list[Option], found: Found, title: str, out: Path | None, json_: bool, log: Any) -> None:
     from experiments.plan import save_plans, shortfall
 
     if out is not None:
-        save_plans(out, title, best, evaluations)
+        save_plans(out, title, best, found.log)
         log.say(
             f"plans and drawings are in {out} (start with cluster.png; phasewise run ... --plan {out / 'plan.yaml'})"
         )
     if json_:
-        print(json.dumps({"plans": [option.row() for option in best]}, indent=2, allow_nan=False))
+        notes = {"notes": list(found.notes)} if found.notes else {}
+        print(json.dumps({"plans": [option.row() for option in best], **notes}, indent=2, allow_nan=False))
     else:
         _print(best, title)
+        for note in found.notes:
+            print(note)
     unknown = sorted({kind for option in best for kind in option.unpriced})
     if unknown:
         log.say(f"no price is known of {', '.join(unknown)}; set usd_per_hour on the nodes")

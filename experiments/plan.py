@@ -25,7 +25,9 @@ from experiments.sweep import Here
 from sim.cluster import did_you_mean
 from sim.engine import simulate
 from sim.metrics import attainment, cost
+from sim.planners.exegpt import ExeGPT
 from sim.planners.hexgen2 import HexGen2
+from sim.planners.melange import Melange
 from sim.planners.thunderserve import Candidate, LogRow, TabuSearch
 from sim.types import ConfigError, InfeasibleError, Plan, Stage, Work
 
@@ -95,10 +97,12 @@ class Option:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Candidates as their planner ranks them, and every evaluation on the way (none: it does not search)."""
+    """Candidates as their planner ranks them, every evaluation on the way (none: it does not search), and what the
+    planner says of its choice."""
 
     options: tuple[Option, ...]
     log: tuple[LogRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- candidates
@@ -112,7 +116,10 @@ def found(setup: Setup, *, seconds: float | None = None, progress: Progress | No
     if seconds is not None:
         planner = timed(setup, seconds)
     if not isinstance(planner, TabuSearch | HexGen2):
-        return Found(options=(Option(setup=setup, plan=planner.plan(problem)),))
+        only = Option(setup=setup, plan=planner.plan(problem))
+        return Found(
+            options=(only,), notes=tuple(planner.explain(problem)) if isinstance(planner, ExeGPT | Melange) else ()
+        )
     search = planner.search(problem, progress=progress)
     options = tuple(Option(setup=setup, plan=one.plan, predicted=one) for one in search.candidates if one.served)
     return Found(options=options, log=search.log)

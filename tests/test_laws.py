@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim import SYSTEMS, ClusterEvent, Plan, Problem, Request, Result, System
+from sim.cost import Roofline, Sparse, Sparsity
 from sim.planners.pools import Pool, Split
 from sim.planners.thunderserve import TabuSearch
 from sim.predictors import ConstantLength, TrueLength
@@ -22,7 +23,7 @@ from sim.systems.splitwise import Repurpose
 from sim.systems.tetriinfer import FlipIdle
 from sim.systems.thunderserve import Reschedule
 from sim.types import Replica, Stage
-from tests.toys import ToyCost, cluster, problem, run, with_limits
+from tests.toys import ToyCost, cluster, problem, replica, run, with_limits
 
 SPLIT = {"prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 2, "tp": 1}}
 
@@ -77,6 +78,19 @@ class Nodes:
             replicas=tuple(
                 Replica(name=gpu, stages=(Stage(name=gpu, gpus=(gpu,), first_layer=first, end_layer=end),))
                 for gpu, (first, end) in layers.items()
+            )
+        )
+
+
+class Shared:
+    """Groups that host one model or both, one of them a pipeline."""
+
+    def plan(self, problem: Problem) -> Plan:
+        return Plan(
+            replicas=(
+                replace(replica("both", ["n0.g0", "n1.g0"], pp=2), models=("a", "b")),
+                replace(replica("a", ["n0.g1"]), models=("a",)),
+                replace(replica("b", ["n1.g1"]), models=("b",)),
             )
         )
 
@@ -142,6 +156,12 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "sarathi-serve split": lambda: SYSTEMS["sarathi-serve"](token_budget=64, **SPLIT),
     "splitwise": lambda: SYSTEMS["splitwise"](prompt_queue_tokens=300, **SPLIT),
     "splitwise serial": lambda: SYSTEMS["splitwise"](transfer="serial", prompt_queue_tokens=2000, **SPLIT),
+    "splitwise 4 bits": lambda: SYSTEMS["splitwise"](kv_bits=4, prompt_queue_tokens=300, **SPLIT),
+    "splitwise 8 bits, per layer": lambda: SYSTEMS["splitwise"](
+        kv_bits=8, transfer="per-layer", prompt_queue_tokens=300, **SPLIT
+    ),
+    "vllm v1 split, 4 bits": lambda: SYSTEMS["vllm"](kv_bits=4, **SPLIT),
+    "sarathi-serve split, 4 bits": lambda: SYSTEMS["sarathi-serve"](kv_bits=4, token_budget=64, **SPLIT),
     "splitwise late status, capped": lambda: SYSTEMS["splitwise"](
         prompt_queue_tokens=300, status_delay_s=0.2, power_capped=["n1"], **SPLIT
     ),
@@ -173,9 +193,44 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "hexgen-2": lambda: replace(
         SYSTEMS["hexgen-2"](), planner=Split(prefill=Pool(replicas=2, tp=1), decode=Pool(tp=1))
     ),
+    "alpaserve": lambda: replace(SYSTEMS["alpaserve"](), planner=Shared()),
+    "alpaserve batches": lambda: replace(SYSTEMS["alpaserve"](batch=None), planner=Shared()),
+    "alpaserve two a batch": lambda: replace(SYSTEMS["alpaserve"](batch=2), planner=Shared()),
     "helix": lambda: over_nodes(),
     "helix random": lambda: over_nodes(routing="random"),
     "helix shortest-queue, one prompt a batch": lambda: over_nodes(routing="shortest-queue", max_prompts=1),
+    "exegpt rra": lambda: SYSTEMS["exegpt"](schedule="rra", encode_batch=3, decode_iterations=5, gpus=1),
+    "exegpt rra, paper's rule": lambda: SYSTEMS["exegpt"](
+        schedule="rra", encode_batch=8, decode_iterations=2, gpus=2, tp=2, rule="paper", band=0.0
+    ),
+    "exegpt rra pp2": lambda: SYSTEMS["exegpt"](schedule="rra", encode_batch=4, decode_iterations=3, gpus=2, tp=1),
+    "exegpt rra pp2 tp2": lambda: SYSTEMS["exegpt"](
+        schedule="rra", encode_batch=5, decode_iterations=40, tp=2, tp_gpus=4
+    ),
+    "exegpt waa": lambda: SYSTEMS["exegpt"](schedule="waa-c", encode_batch=3, micro_batches=1, gpus=2, tp=1),
+    "exegpt waa pp2": lambda: SYSTEMS["exegpt"](schedule="waa-m", encode_batch=2, micro_batches=2, tp=1),
+    "deja-vu": lambda: SYSTEMS["deja-vu"](attention_density=0.4, mlp_density=0.13, replicas=2, tp=1),
+    "deja-vu by operator": lambda: replace(
+        SYSTEMS["deja-vu"](attention_density=0.4, mlp_density=0.13, overlap=0.3, replicas=1, tp=2),
+        cost=lambda _: Sparse(inner=Roofline(), sparsity=Sparsity(attention_density=0.4, mlp_density=0.13)),
+    ),
+    "deja-vu over sarathi-serve pp2": lambda: SYSTEMS["deja-vu"](
+        attention_density=1,
+        mlp_density=[0.1, 0.7],
+        scheduler="sarathi-serve",
+        scheduler_options={"token_budget": 64},
+        replicas=1,
+        tp=1,
+        pp=2,
+    ),
+    "deja-vu over splitwise": lambda: SYSTEMS["deja-vu"](
+        attention_density=0.4,
+        mlp_density=0.13,
+        scheduler="splitwise",
+        scheduler_options={"prompt_queue_tokens": 300, "power_capped": ["n1"]},
+        **SPLIT,
+    ),
+    "melange": lambda: replace(SYSTEMS["melange"](), planner=SYSTEMS["vllm"](replicas=3, tp=1).planner),
     "splitwise as splitwise-sim": lambda: SYSTEMS["splitwise"](
         prompt_queue_tokens=300, compat="splitwise_sim", **SPLIT
     ),
@@ -183,8 +238,8 @@ SETTINGS: dict[str, Callable[[], System]] = {
 """Every system in every mode that schedules differently; a new system adds its own lines."""
 
 
-WITHOUT_PREFIXES = {"helix"}
-"""Nodes with a part of the layers share no prefixes, and say so."""
+OF_NODES = {"helix"}
+"""Nodes with a part of the layers share no prefixes and decide no step ahead, and say so."""
 
 
 def test_every_system_is_under_the_law() -> None:
@@ -209,6 +264,7 @@ def traffic(draw: st.DrawFn) -> list[Request]:
                 id=number, arrival_s=arrival, input_tokens=tokens, output_tokens=answer,
                 prefix=blocks, prefix_block_tokens=16 if blocks else None, priority=draw(st.integers(0, 2)),
                 samples=draw(st.sampled_from([1, 1, 1, 1, 3])), beam_search=draw(st.booleans()),
+                klass=draw(st.sampled_from([None, "a", "b"])),
             )
         )  # fmt: skip
     return requests
@@ -237,8 +293,8 @@ def both_modes(
     make: Callable[[], System], world: dict[str, Any], requests: list[Request], **more: Any
 ) -> tuple[Result, Result]:
     limits = world["limits"]
-    if make().name in WITHOUT_PREFIXES:
-        limits = limits | {"prefix_caching": False}
+    if make().name in OF_NODES:
+        limits = limits | {"prefix_caching": False, "async_scheduling": False}
     system = with_limits(make(), **limits)
     where = problem(cluster(gpus=2, nodes=2, gbps=world["gbps"]), world["cost"])
     more["predictor"] = system.predictor or TrueLength()

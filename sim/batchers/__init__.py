@@ -12,6 +12,7 @@ from sim.batchers.mixed_prompts import MixedPrompts
 from sim.batchers.one_model import OneModel
 from sim.batchers.passing import Passing
 from sim.batchers.pausing_mixed import PausingMixed
+from sim.batchers.phases import HandedOver, PromptPhases
 from sim.batchers.prefill_first import PrefillFirst
 from sim.batchers.reserving import IterationLevel, RequestLevel, reserved_tokens
 from sim.batchers.saturating import Saturating
@@ -23,12 +24,14 @@ __all__ = [
     "ChunkSchedule",
     "DecodeMaximal",
     "Disaggregated",
+    "HandedOver",
     "IterationLevel",
     "MixedPrompts",
     "OneModel",
     "Passing",
     "PausingMixed",
     "PrefillFirst",
+    "PromptPhases",
     "RequestLevel",
     "Saturating",
     "StallFree",

@@ -9,10 +9,13 @@ from collections.abc import Callable
 
 from sim.policy import System
 from sim.systems.alpaserve import alpaserve
+from sim.systems.dejavu import dejavu
 from sim.systems.distserve import distserve
+from sim.systems.exegpt import exegpt
 from sim.systems.fastertransformer import fastertransformer
 from sim.systems.helix import helix
 from sim.systems.hexgen2 import hexgen2
+from sim.systems.melange import melange
 from sim.systems.orca import orca
 from sim.systems.sarathi import sarathi
 from sim.systems.sarathi_serve import sarathi_serve
@@ -33,5 +36,8 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "thunderserve": thunderserve,
     "hexgen-2": hexgen2,
     "helix": helix,
+    "exegpt": exegpt,
     "alpaserve": alpaserve,
+    "deja-vu": dejavu,
+    "melange": melange,
 }
