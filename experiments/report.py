@@ -160,7 +160,7 @@ def notes(summary: Summary) -> list[str]:
             said.append(f"step times of {names} are a roofline estimate: no profile for this model, TP and dtype")
     if summary["extrapolated_share"]:
         said.append(f"{summary['extrapolated_share']:.1%} of the iterations lie outside the measured range")
-    return said + summary.get("remarks", [])  # results saved before there were any lack it
+    return [*said, *summary.get("remarks", [])]  # results saved before there were any lack it
 
 
 def _heading(title: str, summary: Summary) -> str:

@@ -95,6 +95,17 @@ def kv_bytes_available(
     return memory_bytes - weight_bytes - activation_bytes - kept_bytes
 
 
+def common_weight_bytes(model: ModelSpec, old: tuple[Stage, int], new: tuple[Stage, int]) -> float:
+    """Of a GPU's weights as a rank of a new stage, those that it holds as a rank of an old one.
+
+    Layers in common, of which each rank has an equal contiguous part.
+    """
+    (was, old_rank), (will, rank) = old, new
+    first, end = max(was.first_layer, will.first_layer), min(was.end_layer, will.end_layer)
+    share = min((old_rank + 1) / was.tp, (rank + 1) / will.tp) - max(old_rank / was.tp, rank / will.tp)
+    return model.weight_bytes(first, end, will.tp) * share if first < end and share > 0 else 0.0
+
+
 def _experts_bytes(model: ModelSpec, tokens: int, tp: int) -> float:
     """What vLLM's grouped GEMMs write between them, gate and up projection in the room of the result."""
     if model.experts_per_token is None or model.moe_intermediate_size is None:

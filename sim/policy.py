@@ -20,6 +20,7 @@ from sim.model import ModelSpec
 from sim.types import (
     Change,
     Chunk,
+    Later,
     Move,
     Plan,
     Reject,
@@ -366,12 +367,12 @@ class Transfer(Protocol):
 
 
 class Rescheduler(Protocol):
-    """Reacts to faults, notices and load; ``None`` keeps the plan (less what is lost)."""
+    """Reacts to faults, notices and load; ``None`` keeps the plan (less what is lost), ``Later`` puts it off."""
 
     interval_s: float | None
     """Period of the ``tick`` signal; None: no ticks."""
 
-    def react(self, signal: Signal, view: View) -> Change | None: ...
+    def react(self, signal: Signal, view: View) -> Change | Later | None: ...
 
 
 class Source(Protocol):

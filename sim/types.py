@@ -197,15 +197,36 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Weights that a GPU of a new stage fetches: from another that holds them, or from its host (``source`` None)."""
+
+    gpu: str
+    source: str | None
+    size_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """A new plan. The engine prices the difference: role flips are free, new stages load their weights.
 
     ``drain``: replicas that disappear finish what they run first; otherwise it is recomputed elsewhere.
+    ``loads``: all that the GPUs of a new replica (by name) fetch; what they hold of the last stage they were in, they
+    need not. A replica that is not named loads everything from its hosts. ``keep``, without ``drain``: by id, requests
+    that decode on a replica that disappears, and the replica (by name) on which they go on; their KV moves there.
     """
 
     plan: Plan
     reason: str
     drain: bool = True
+    loads: Mapping[str, tuple[Load, ...]] = field(default_factory=dict)
+    keep: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """A rescheduler's wish to be asked again at that time, by a signal ``due``."""
+
+    at_s: float
 
 
 # ---------------------------------------------------------------- what a step is made of
@@ -259,11 +280,11 @@ class Move(NamedTuple):
     target: str
 
 
-SignalKind = Literal["tick", "notice", "lost", "joined"]
+SignalKind = Literal["tick", "notice", "lost", "joined", "due"]
 
 
 class Signal(NamedTuple):
-    """What wakes a rescheduler: a timer tick or a cluster event."""
+    """What wakes a rescheduler: a timer tick, a cluster event, or a time that it named itself."""
 
     kind: SignalKind
     at_s: float

@@ -17,12 +17,13 @@ from sim import SYSTEMS, ClusterEvent, Plan, Problem, Request, Result, System
 from sim.cost import Roofline, Sparse, Sparsity
 from sim.planners.pools import Pool, Split
 from sim.planners.thunderserve import TabuSearch
+from sim.policy import View
 from sim.predictors import ConstantLength, TrueLength
 from sim.systems.distserve import ReplanOnShift
 from sim.systems.splitwise import Repurpose
 from sim.systems.tetriinfer import FlipIdle
 from sim.systems.thunderserve import Reschedule
-from sim.types import Replica, Stage
+from sim.types import Change, Later, Replica, Signal, Stage
 from tests.toys import ToyCost, cluster, problem, replica, run, with_limits
 
 SPLIT = {"prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 2, "tp": 1}}
@@ -43,6 +44,31 @@ class TwoPlans:
         self.turn += 1
         decode = Pool(tp=1, pp=2) if self.turn % 2 else Pool(tp=1, replicas=2)
         return Split(prefill=Pool(replicas=1, tp=1), decode=decode).plan(problem)
+
+
+class Fleeing:
+    """After a notice: a pipeline over the GPUs that stay, which hold what it needs, and all decodes go on there."""
+
+    interval_s: float | None = None
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.doomed: set[str] = set()
+
+    def react(self, signal: Signal, view: View) -> Change | Later | None:
+        self.plan = self.plan or view.plan
+        if signal.kind == "notice":
+            self.doomed = set(signal.gpus)
+            return Later(signal.at_s + 0.05)
+        if signal.kind == "joined":
+            return Change(plan=self.plan, reason="back")
+        if signal.kind != "due":
+            return None
+        staying = [gpu for spec in view.plan.replicas for gpu in spec.gpus if gpu not in self.doomed]
+        plan = Plan(replicas=(replica("pipe", staying[-2:], pp=2), *(replica(g, [g]) for g in staying[:-2])))
+        ids = sorted({request.id for one in view.replicas for request in one.running})
+        keep = {number: plan.replicas[number % len(plan.replicas)].name for number in ids}
+        return Change(plan=plan, reason="flee", drain=False, keep=keep, loads={spec.name: () for spec in plan.replicas})
 
 
 def eager_replanning() -> System:
@@ -196,6 +222,11 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "alpaserve": lambda: replace(SYSTEMS["alpaserve"](), planner=Shared()),
     "alpaserve batches": lambda: replace(SYSTEMS["alpaserve"](batch=None), planner=Shared()),
     "alpaserve two a batch": lambda: replace(SYSTEMS["alpaserve"](batch=2), planner=Shared()),
+    "vllm v1, fleeing": lambda: replace(SYSTEMS["vllm"](replicas=4, tp=1), rescheduler=Fleeing),
+    "sarathi-serve, fleeing": lambda: replace(
+        SYSTEMS["sarathi-serve"](token_budget=64, replicas=4, tp=1), rescheduler=Fleeing
+    ),
+    "vllm v0, fleeing": lambda: replace(SYSTEMS["vllm"](mode="v0", replicas=4, tp=1), rescheduler=Fleeing),
     "helix": lambda: over_nodes(),
     "helix random": lambda: over_nodes(routing="random"),
     "helix shortest-queue, one prompt a batch": lambda: over_nodes(routing="shortest-queue", max_prompts=1),
@@ -335,7 +366,14 @@ def test_collapsing_changes_nothing_under_faults(
     at_s = data.draw(st.sampled_from([0.02, 0.5, 1.0]))
     events = (
         ClusterEvent(at_s=at_s / 2, kind="gpu_slow", target="n1.g0", factor=1.5),
-        ClusterEvent(at_s=at_s, kind="node_lost", target=lost),
+        data.draw(
+            st.sampled_from(
+                [
+                    ClusterEvent(at_s=at_s, kind="node_lost", target=lost),
+                    ClusterEvent(at_s=at_s, kind="spot_notice", target=lost, deadline_s=0.3),
+                ]
+            )
+        ),
         ClusterEvent(at_s=at_s, kind="link_scaled", target="nic:n0:out", factor=0.5),
         ClusterEvent(at_s=at_s + 0.7, kind="gpu_joined", target=lost),
     )

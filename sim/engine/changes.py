@@ -1,8 +1,8 @@
 """What happens to the cluster: faults, notices, new plans; and where displaced requests go.
 
 A lost GPU takes its replica down; what that held starts over elsewhere, generated tokens kept. A change of
-plan is priced by its difference: a role flip is free, a replica that disappears drains (or is taken down), a new one
-loads its weights over the host link once its GPUs are free.
+plan is priced by its difference: a role flip is free, a replica that disappears drains (or is taken down, and what it
+decodes may keep its KV: ``keeping.py``), a new one loads its weights once its GPUs are free (``loading.py``).
 """
 
 from __future__ import annotations
@@ -14,11 +14,24 @@ import numpy as np
 
 from sim.engine.clock import Alarm
 from sim.engine.job import Job
-from sim.engine.links import Flow
+from sim.engine.keeping import Keeping
+from sim.engine.loading import Loading
 from sim.engine.replica import ReplicaState
 from sim.engine.setup import bind_cost, check_plan
 from sim.record import NoteRow
-from sim.types import Change, ClusterEvent, ConfigError, Plan, PolicyError, Replica, Signal, SignalKind, to_ps, to_s
+from sim.types import (
+    Change,
+    ClusterEvent,
+    ConfigError,
+    Later,
+    Plan,
+    PolicyError,
+    Replica,
+    Signal,
+    SignalKind,
+    to_ps,
+    to_s,
+)
 
 if TYPE_CHECKING:
     from sim.engine.run import Engine
@@ -36,8 +49,8 @@ class Changes:
         self.rng = rng
         self.lost: set[str] = set()
         self.slow: dict[str, float] = {}
-        self.loading: dict[str, Replica] = {}  # waiting for GPUs or weights
-        self.loads: dict[str, dict[str, Flow]] = {}  # per loading replica: stages whose weights are on their way
+        self.loading = Loading(engine, self._come_up)
+        self.keeping = Keeping(engine)
         self.idle_ticks = 0
         self.stranded: list[Job] = []
 
@@ -106,9 +119,15 @@ class Changes:
     def _react(self, kind: SignalKind, gpus: tuple[str, ...], deadline_s: float | None = None) -> None:
         engine = self.engine
         signal = Signal(kind, to_s(engine.clock.now_ps), gpus, deadline_s)
-        change = self.rescheduler.react(signal, engine.view)
-        if change is not None:
-            self.apply(change)
+        answer = self.rescheduler.react(signal, engine.view)
+        if isinstance(answer, Later):
+            engine.clock.at(max(to_ps(answer.at_s), engine.clock.now_ps + 1), self._due)
+        elif answer is not None:
+            self.apply(answer)
+
+    def _due(self, _: Alarm) -> None:
+        if self.engine.unfinished:
+            self._react("due", ())
 
     def note(self, kind: str, text: str) -> None:
         self.engine.rows.notes.append(NoteRow(self.engine.clock.now_ps, kind, text))
@@ -138,18 +157,22 @@ class Changes:
         for replica in list(self.engine.by_leg.values()):
             if set(gpus) & set(replica.gpus):
                 displaced += self.take_down(replica)
-        for name in [name for name, spec in self.loading.items() if set(gpus) & set(spec.gpus)]:
-            self._drop_load(name)
+        self.loading.lose(gpus)
+        displaced += self._start_over(self.keeping.lose(gpus) + self._orphans())
         self.show(plan)
         self._react("lost", gpus)
         self._settle_in(displaced)
 
-    def take_down(self, replica: ReplicaState) -> list[Job]:
-        """The replica and all KV on it are gone; returns its requests, ready to start over."""
+    def take_down(self, replica: ReplicaState, kept: Mapping[int, Replica] | None = None) -> list[Job]:
+        """The replica is gone, and all KV on it but that of decoding requests that are kept, by id, for another.
+
+        Returns the other requests, ready to start over.
+        """
         engine = self.engine
         engine.end_flights(replica)
-        displaced = list(dict.fromkeys(replica.jobs()))
-        for job in displaced:
+        displaced: list[Job] = []
+        going_on = 0
+        for job in dict.fromkeys(replica.jobs()):
             delivery = engine.moves.under_way.pop(job, None)
             if delivery is not None:
                 engine.moves.abandon(delivery, lost=replica)
@@ -157,10 +180,16 @@ class Changes:
                 job.cohort.leave(job)
             job.blocks = job.copied_blocks = 0
             job.shared = []
-            self._displace(job)
+            if kept and job.id in kept and (job in replica.running or job in replica.arrived) and job.decodes:
+                self.keeping.leave(job, replica, kept[job.id])
+                going_on += 1
+            else:
+                displaced.append(job)
+        self._start_over(displaced)
         engine.put_away(replica)
-        self.note("down", f"{replica.name}: {len(displaced)} requests start over")
-        self.try_load()
+        more = f", {going_on} keep their KV" if going_on else ""
+        self.note("down", f"{replica.name}: {len(displaced)} requests start over{more}")
+        self.loading.start()
         return displaced
 
     def target_gone(self, alarm: Alarm) -> None:
@@ -171,6 +200,14 @@ class Changes:
         """Its way leads nowhere any more: it starts over on another."""
         self._displace(job)
         self._settle_in([job])
+
+    def _orphans(self) -> list[Job]:
+        return self.keeping.orphans([spec.leg for spec in self.loading.specs.values()])
+
+    def _start_over(self, jobs: list[Job]) -> list[Job]:
+        for job in jobs:
+            self._displace(job)
+        return jobs
 
     def _displace(self, job: Job) -> None:
         if self.engine.paths is not None:
@@ -190,7 +227,7 @@ class Changes:
             if engine.view.replicas:
                 engine.unfinished -= 1
                 engine.admit(job, touched)
-            elif self.loading:
+            elif self.loading.specs:
                 self.stranded.append(job)
             else:
                 engine.finish(job, "failed", "no replica is up")
@@ -210,13 +247,14 @@ class Changes:
             )
         self.note("change", change.reason)
         wanted = {spec.leg: spec for spec in change.plan.replicas}
-        self._revise_loads(wanted)
+        self.loading.revise(wanted, change)
+        kept = self._kept(change, wanted)
         displaced: list[Job] = []
         flipped: list[ReplicaState] = []
         for leg, replica in list(engine.by_leg.items()):
             spec = wanted.get(leg)
             if spec is None or (spec.stages, spec.models) != (replica.spec.stages, replica.spec.models):
-                displaced += self._retire(replica, drain=change.drain)
+                displaced += self._retire(replica) if change.drain else self.take_down(replica, kept)
             elif spec.role != replica.role:
                 replica.role = spec.role
                 replica.batcher = engine.system.batcher(spec.role)
@@ -224,16 +262,25 @@ class Changes:
         for leg, spec in wanted.items():
             up = engine.by_leg.get(leg)
             if (up is None or up.retiring) and not self.lost & set(spec.gpus):
-                self.loading.setdefault(spec.name, spec)
+                self.loading.specs.setdefault(spec.name, spec)
         self.show(change.plan)
-        self.try_load()
+        self.loading.start()
+        displaced += self._start_over(self._orphans())
         for replica in flipped:
             engine.nudge(replica)
         self._settle_in(displaced)
 
-    def _retire(self, replica: ReplicaState, *, drain: bool) -> list[Job]:
-        if not drain:
-            return self.take_down(replica)
+    def _kept(self, change: Change, wanted: Mapping[tuple[str, ...], Replica]) -> dict[int, Replica]:
+        policy = type(self.rescheduler).__name__
+        if change.keep and change.drain:
+            raise PolicyError(f"{policy} keeps the KV of requests whose replica drains; set drain=False")
+        known = {spec.name: spec for spec in wanted.values()}
+        for name in change.keep.values():
+            if name not in known:
+                raise PolicyError(f"{policy} keeps KV for replica {name!r}, which its plan does not have")
+        return {number: known[name] for number, name in change.keep.items()}
+
+    def _retire(self, replica: ReplicaState) -> list[Job]:
         replica.settle()
         displaced = list(replica.waiting)
         for job in displaced:
@@ -249,43 +296,11 @@ class Changes:
         if not replica.flights and not any(True for _ in replica.jobs()):
             self.engine.put_away(replica)
             self.note("drained", replica.name)
-            self.try_load()
+            self.loading.start()
 
-    def try_load(self) -> None:
-        """Start loading weights for every new replica whose GPUs, and the names of whose stages, are free."""
-        engine = self.engine
-        busy = {gpu for replica in engine.by_leg.values() for gpu in replica.gpus}
-        for name, spec in self.loading.items():
-            if name in self.loads or busy & set(spec.gpus) or spec.leg in engine.by_leg:
-                continue
-            self.loads[name] = {}
-            for stage in spec.stages:
-                weight_bytes = engine.problem.model.weight_bytes(stage.first_layer, stage.end_layer, stage.tp)
-                weight_bytes *= max(1, len(spec.models))
-                path = engine.problem.cluster.load_path(stage.gpus)
-                self.loads[name][stage.name] = engine.links.start(path, weight_bytes, self._loaded, (name, stage.name))
-
-    def _loaded(self, alarm: Alarm) -> None:
-        name, stage = alarm.subject
-        del self.loads[name][stage]
-        if self.loads[name]:
-            return
-        del self.loads[name]
-        self.engine.bring_up(self.loading.pop(name))
-        self.note("up", name)
+    def _come_up(self, spec: Replica) -> None:
+        self.engine.bring_up(spec)
+        self.note("up", spec.name)
         self.show(self.engine.view.plan)
+        self.keeping.is_up(self.engine.by_leg[spec.leg])
         self._settle_in([])
-
-    def _revise_loads(self, wanted: Mapping[tuple[str, ...], Replica]) -> None:
-        """Stop loading what a new plan does not want any more."""
-        for name, spec in list(self.loading.items()):
-            new = wanted.get(spec.leg)
-            if new is not None and (new.name, new.stages, new.models) == (name, spec.stages, spec.models):
-                self.loading[name] = new  # its role may be another
-            else:
-                self._drop_load(name)
-
-    def _drop_load(self, name: str) -> None:
-        del self.loading[name]
-        for flow in self.loads.pop(name, {}).values():
-            self.engine.links.cancel(flow)

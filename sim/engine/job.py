@@ -109,6 +109,11 @@ class Job:
         return self.target_tokens - self.computed_tokens
 
     @property
+    def decodes(self) -> bool:
+        """All KV for its next token is there, and it has emitted one at least."""
+        return not self.remaining_tokens and self.emitted_tokens > 0
+
+    @property
     def emitted_tokens(self) -> int:
         return self.generated_tokens + (0 if self.cohort is None else self.cohort.it - self.join_it)
 

@@ -171,7 +171,7 @@ class Engine:
             self.view.arrivals.append(self.clock.now_ps)
         route = self.router.route(job, self.view)
         if isinstance(route, Reject):
-            if self.changes.loading:
+            if self.changes.loading.specs:
                 self.changes.stranded.append(job)
                 return
             self.finish(job, "failed" if job.epoch else "rejected", route.reason)
@@ -377,7 +377,7 @@ class Engine:
 
     def _cut_off(self) -> None:
         """Record what is still running when the simulated time is over."""
-        left: dict[Job, None] = dict.fromkeys(self.changes.stranded)
+        left: dict[Job, None] = dict.fromkeys([*self.changes.stranded, *self.changes.keeping.jobs])
         for replica in list(self.by_leg.values()):
             self.end_flights(replica)
             left.update(dict.fromkeys(replica.jobs()))
@@ -395,6 +395,7 @@ class Engine:
             self.numbers, spec, self.problem, self.system.limits, self.cost, batcher, self.changes.slow, self.clock,
             of_nodes=self.paths is not None,
         )  # fmt: skip
+        self.changes.loading.holds(spec)
         self.numbers += 1
 
     def put_away(self, replica: ReplicaState) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import lru_cache
 
 from sim.batchers import OneModel
 from sim.planners.alpaserve import Placement, Search, stage_seconds
