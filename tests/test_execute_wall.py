@@ -149,6 +149,13 @@ def test_what_workers_cannot_do_is_refused_at_once(options: Any, limits: Any, ev
         execute(replace(problem(), model=SMALL), which, Requests(requests(1)), WALL, events=events)
 
 
+def test_a_system_that_skips_parts_of_the_model_is_only_simulated() -> None:
+    skipping = system(name="deja-vu", tp=1, attention_density=0.5, mlp_density=0.1)
+    for mode in ("measured-step", "wall-clock"):
+        with pytest.raises(ConfigError, match=r"deja-vu: workers compute all of small; simulate it"):
+            execute(replace(problem(), model=SMALL), skipping, Requests(requests(1)), Execution(mode=mode))
+
+
 def test_modes_and_devices_are_checked() -> None:
     with pytest.raises(ConfigError, match="mode: 'wall' is unknown; did you mean 'wall-clock'"):
         Execution(mode="wall")  # type: ignore[arg-type]

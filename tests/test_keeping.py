@@ -196,6 +196,6 @@ def test_a_rescheduler_is_asked_again_when_it_says() -> None:
     puts_off = PutsOff()
     run(
         system(rescheduler=lambda: puts_off), [request(0, output_tokens=6)], where(), plan=ONE,
-        events=[event("link_scaled", "nic:n1:out", 0.001, factor=0.5), event("spot_notice", "n1", 0.002, deadline_s=0.04)],
+        events=[event("spot_notice", "n1", 0.002, deadline_s=0.04)],
     )  # fmt: skip
     assert puts_off.seen == [("notice", 0.002), ("due", 0.012), ("due", 0.022), ("lost", 0.042)]

@@ -84,6 +84,8 @@ def execute(
     ``ConfigError`` for what cannot be executed, ``WorkerLostError`` if a worker process dies.
     """
     how = how or Execution()
+    if system.model(problem.model) != problem.model:
+        raise ConfigError(f"system.name: {system.name}: workers compute all of {problem.model.name}; simulate it")
     plan = plan if plan is not None else system.planner.plan(replace(problem, limits=system.limits))
     options: dict[str, Any] = {"plan": plan, "predictor": predictor, "until_s": until_s, "progress": progress}
     if how.mode == "measured-step":
