@@ -28,7 +28,7 @@ class Metric(NamedTuple):
     def value(self, summary: Summary) -> float | None:
         value: Any = summary
         for key in self.keys:
-            value = value[key]
+            value = value.get(key)  # results saved before there was such a figure lack it
         return None if value is None else float(value) * self.factor
 
     def text(self, value: float | None) -> str:
@@ -46,6 +46,7 @@ METRICS = (
     Metric("goodput (requests/s)", ("slo", "goodput_per_s"), "higher", "{:,.2f}"),
     Metric("output tokens/s", ("output_tokens_per_s",), "higher", "{:,.0f}"),
     Metric("cost ($ per 1M output tokens)", ("usd_per_million_tokens",), "lower", "{:,.2f}"),
+    Metric("the same, of GPUs that were used", ("used_usd_per_million_tokens",), "lower", "{:,.2f}"),
     Metric("energy, modelled (J per output token)", ("joules_per_token",), "lower", "{:,.2f}"),
     Metric("makespan (s)", ("makespan_s",), "lower", "{:,.1f}"),
     Metric("completed (requests)", ("completed",), "higher", "{:,.0f}"),

@@ -79,7 +79,8 @@ class Setup:
 
     def summary(self, result: Result) -> dict[str, Any]:
         """``sim.metrics.summarise`` with this scenario's SLO and prices, and what became of the trace."""
-        figures = summarise(result, self.problem.slo, usd_per_hour=self.usd_per_hour, problem=self.problem)
+        spot = self.scenario.cluster.pricing == "spot"
+        figures = summarise(result, self.problem.slo, usd_per_hour=self.usd_per_hour, problem=self.problem, spot=spot)
         lengths = result.columns["input_tokens"] + result.columns["output_tokens"]
         longest = self.requests.max_model_len
         over = 0 if longest is None else int((lengths > longest).sum())

@@ -112,12 +112,14 @@ def summarise(
     *,
     usd_per_hour: float | None = None,
     problem: Problem | None = None,
+    spot: bool = False,
     itl: bool = False,
 ) -> dict[str, Any]:
     """All figures of a run as one JSON-ready object; ``None`` means undefined or unknown.
 
     ``usd_per_hour`` is the price of the whole cluster, idle GPUs included. Throughputs are over the makespan
-    (first arrival to last completion) and count completed requests. Energy and MFU need the ``problem``. ``itl``
+    (first arrival to last completion) and count completed requests. Energy, MFU and the price of the GPUs that were
+    used need the ``problem``; ``spot`` says which of its prices counts. ``itl``
     adds the distribution of every gap between tokens, which costs time linear in the tokens.
     """
     columns = result.columns
@@ -137,6 +139,7 @@ def summarise(
         "slo": slo_figures(columns, slo or Slo(), result.makespan_s),
         "classes": class_figures(columns, slo or Slo(), result.makespan_s),
         **cost(tokens, result.makespan_s, usd_per_hour),
+        "used_usd_per_million_tokens": used_usd_per_million_tokens(result, tokens, problem, spot=spot),
         "preemptions": int(columns["preemptions"].sum()),
         "cached_tokens": int(columns["cached_tokens"].sum()),
         "bytes_moved": int(columns["bytes_moved"].sum()),
@@ -202,6 +205,26 @@ def cost(output_tokens: int, makespan_s: float, usd_per_hour: float | None) -> d
         "cluster_usd_per_hour": usd_per_hour,
         "usd_per_million_tokens": usd / output_tokens * 1e6 if known else None,
     }
+
+
+def used_usd_per_million_tokens(
+    result: Result, output_tokens: int, problem: Problem | None, *, spot: bool = False
+) -> float | None:
+    """The rent of GPUs while a replica is up on them, between first arrival and last completion; None if unknown."""
+    if problem is None or not output_tokens:
+        return None
+    start_s = min(row.request.arrival_s for row in result.rows.requests)
+    end_s, usd = start_s + result.makespan_s, 0.0
+    for row in result.rows.replicas:
+        down_s = end_s if row.down_s is None else min(row.down_s, end_s)
+        up_h = max(0.0, down_s - max(row.up_s, start_s)) / 3600
+        for name in row.gpus.split():
+            gpu = problem.cluster.gpu(name)
+            price = gpu.usd_per_hour_spot if spot else gpu.usd_per_hour
+            if price is None:
+                return None
+            usd += price * up_h
+    return usd / output_tokens * 1e6
 
 
 # ---------------------------------------------------------------- several seeds

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim import Request, Result, Slo
+from sim import SYSTEMS, ClusterEvent, Request, Result, Slo
 from sim.metrics import attainment, attainment_curve, distribution, summarise
 from sim.record import Recorder, ReplicaRow, RequestRow
 from sim.types import to_ps
+from tests.toys import cluster, problem, request, run
 
 
 def served(number: int, arrival_s: float, ttft_s: float, tpot_s: float, output_tokens: int = 11) -> RequestRow:
@@ -173,3 +174,21 @@ def test_attainment_never_falls_as_the_slo_relaxes(
     curve = attainment_curve(run.columns, Slo(ttft_s=ttft_s, tpot_s=tpot_s), (0.1, 0.5, 1.0, 2.0, 1e6))
     assert curve == sorted(curve)
     assert curve[-1] == 1.0
+
+
+def test_only_gpus_that_were_used_are_rent() -> None:
+    """One of two machines all the time, the other until it is lost a second after the first arrival."""
+    where = problem(cluster(gpus=1, nodes=2))
+    requests = [request(0, 1.0, output_tokens=30), request(1, 2.5, output_tokens=30)]
+    lost = ClusterEvent(at_s=2.0, kind="gpu_lost", target="n1.g0")
+    found = run(SYSTEMS["vllm"](tp=1), requests, where, events=(lost,))
+    price = where.cluster.gpu("n0.g0").usd_per_hour
+    assert price is not None
+    summary = summarise(found, usd_per_hour=2 * price, problem=where)
+    hours = (found.makespan_s + 1.0) / 3600
+    assert summary["used_usd_per_million_tokens"] == pytest.approx(price * hours / 60 * 1e6)
+    assert summary["used_usd_per_million_tokens"] < summary["usd_per_million_tokens"]
+    assert summarise(found, usd_per_hour=1.0)["used_usd_per_million_tokens"] is None
+    cheaper = summarise(found, problem=where, spot=True)["used_usd_per_million_tokens"]
+    spot_price = where.cluster.gpu("n0.g0").usd_per_hour_spot
+    assert cheaper == (None if spot_price is None else pytest.approx(spot_price * hours / 60 * 1e6))
