@@ -122,13 +122,13 @@ def compare(
     chosen = variants(experiment, systems)
     folder = out or Path("runs") / f"{scenario.stem}-compare"
     check_writable(folder)
-    runs = run_all(chosen, log, step_by_step=step_by_step)
-    save_comparison(folder, scenario.stem, chosen, runs)
+    runs, left_out = run_all(chosen, log, step_by_step=step_by_step)
+    save_comparison(folder, scenario.stem, chosen, runs, left_out)
     summaries = {label: finished.summary for label, finished in runs.items()}
     if json_:
-        _print_json(report.comparison_json(summaries))
+        _print_json(report.comparison_json(summaries, left_out))
     else:
-        report.print_comparison(summaries, title=scenario.stem)
+        report.print_comparison(summaries, left_out, title=scenario.stem)
     log.say(f"figures, tables and runs are in {folder} (start with overview.png)")
     raise typer.Exit(0 if any(summary["completed"] for summary in summaries.values()) else 1)
 

@@ -98,12 +98,14 @@ def sweep(
     for first in {point.system: point for point in todo}.values():
         resolve(first.scenario)  # a mistake is found before anything runs
     with Here() if workers == 1 else process_pool(workers) as executor, bar(len(todo), "runs", quiet=quiet) as done:
-        rows = run_points(todo, executor, done)
+        rows, no_plan = run_points(todo, executor, done)
     best = save_sweep(out, scenario.stem, experiment, pd.DataFrame(rows))
     if json_:
-        print(json.dumps({"best_rates": best, "runs": rows}, indent=2, allow_nan=False))
+        print(json.dumps({"best_rates": best, "runs": rows, "no_plan": no_plan}, indent=2, allow_nan=False))
     else:
         _print_best(best)
+        for point, reason in no_plan.items():
+            print(f"no plan for {point}: {reason}")
     Log(quiet).say(f"figures and tables are in {out} (start with rates.png)")
     raise typer.Exit(0 if any(row["rate_per_s"] is not None for row in best) else 1)
 

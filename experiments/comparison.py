@@ -15,7 +15,7 @@ from experiments.rundir import MARK, Run, check_run, environment, read_run, whol
 from experiments.scenario import Scenario, VariantSpec
 from sim.cluster import did_you_mean
 from sim.systems import SYSTEMS
-from sim.types import ConfigError
+from sim.types import ConfigError, InfeasibleError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,19 +40,33 @@ def variants(scenario: Scenario, systems: str | None = None) -> dict[str, Scenar
     return {label: scenario.variant(label, known[label]) for label in dict.fromkeys(chosen)}
 
 
-def run_all(chosen: Mapping[str, Scenario], log: Log, *, step_by_step: bool = False) -> dict[str, Run]:
-    """Simulate each; all are resolved first, so that a mistake in the last one is found before the first runs."""
+def run_all(
+    chosen: Mapping[str, Scenario], log: Log, *, step_by_step: bool = False
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Simulate each; all are resolved first, so that a mistake in the last one is found before the first runs.
+
+    Returns the runs, and why others are left out: their planners found nothing. ``InfeasibleError`` if all are.
+    """
     setups = {label: resolve(scenario) for label, scenario in chosen.items()}
-    runs = {}
-    for label, setup in setups.items():
-        with log.counting(label) as progress:
-            result = setup.run(step_by_step=step_by_step, progress=progress)
+    runs: dict[str, Run] = {}
+    left_out: dict[str, str] = {}
+    for number, (label, setup) in enumerate(setups.items(), start=1):
+        try:
+            with log.counting(label) as progress:
+                result = setup.run(step_by_step=step_by_step, progress=progress)
+        except InfeasibleError as error:
+            if number == len(setups) and not runs:
+                raise
+            left_out[label] = str(error)
+            continue
         log.say(f"{label}: {len(result.columns['request']):,} requests simulated in {result.wall_s:.1f} s")
         runs[label] = Run.of(label, result, {"name": label, **setup.summary(result)})
-    return runs
+    return runs, left_out
 
 
-def save_comparison(folder: Path, title: str, chosen: Mapping[str, Scenario], runs: Mapping[str, Run]) -> None:
+def save_comparison(
+    folder: Path, title: str, chosen: Mapping[str, Scenario], runs: Mapping[str, Run], left_out: Mapping[str, str]
+) -> None:
     """Write a run directory per system, figures with their CSVs, comparison.csv and summary.json: all or nothing."""
     from experiments.plots.gallery import save_all
 
@@ -65,7 +79,7 @@ def save_comparison(folder: Path, title: str, chosen: Mapping[str, Scenario], ru
         _metric_table(summaries).to_csv(new / "comparison.csv", index=False, lineterminator="\n")
         write_json(new / "environment.json", environment())
         folders = {label: _folder_name(label) for label in runs}
-        write_json(new / MARK, {"name": title, "runs": folders, **comparison_json(summaries)})
+        write_json(new / MARK, {"name": title, "runs": folders, **comparison_json(summaries, left_out)})
 
 
 def draw(run_dir: Path, out: Path | None, from_s: float | None, to_s: float | None) -> list[Path]:

@@ -162,18 +162,6 @@ def ratios_to_shipped(profile: Path, gpu: str) -> dict[str, Any]:
     return found
 
 
-def _gpu_name(device: str) -> str:
-    from calibrate.bench.device import catalogue_name
-
-    if device == "cpu":
-        return "CPU"
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError(f"--device: {device}: torch sees no CUDA device here; give cpu to try the command")
-    return catalogue_name(torch.cuda.get_device_properties(device).name)
-
-
 def page(summary: Mapping[str, Any]) -> str:
     """The summary to read: a row per part, bandwidths, errors of the validations, ratios of operators."""
     lines = [f"# {summary['gpu']}", "", "| part | seconds | result |", "|---|---|---|"]
@@ -214,8 +202,10 @@ def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the command with a tiny model")] = "cuda",
 ) -> None:
     """Calibrate, report, measure decode bandwidth, validate. Exit code 1 if a part failed or had no time."""
+    from calibrate.bench.device import gpu_name
+
     work, ends_s = out / "work", time.monotonic() + 60 * minutes
-    gpu = _gpu_name(device)
+    gpu = gpu_name(device)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "work.tar").is_file() and not work.exists():
         with tarfile.open(out / "work.tar") as tar:

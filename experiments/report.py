@@ -55,6 +55,14 @@ METRICS = (
     Metric("preemptions", ("preemptions",), "lower", "{:,.0f}"),
     Metric("KV moved (GB)", ("bytes_moved",), None, "{:,.1f}", 1e-9),
 )
+SHORT = {
+    "TTFT p50 (s)": "TTFT\np50 (s)", "TTFT p99 (s)": "TTFT\np99 (s)", "TPOT p50 (s)": "TPOT\np50 (s)",
+    "TPOT p99 (s)": "TPOT\np99 (s)", "E2E p99 (s)": "E2E\np99 (s)", "SLO attainment (%)": "in SLO\n(%)",
+    "goodput (requests/s)": "goodput\n(req/s)", "cost ($ per 1M output tokens)": "$ per 1M\ntokens",
+    "the same, of GPUs that were used": "of GPUs\nused",
+}  # fmt: skip
+"""Metrics of a table with a row a system, and their headings there."""
+MOST_COLUMNS = 6
 LATENCY_COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
@@ -72,27 +80,25 @@ def winners(summaries: Mapping[str, Summary]) -> dict[str, list[str]]:
     return best
 
 
-def comparison_json(summaries: Mapping[str, Summary]) -> dict[str, Any]:
-    return {"systems": dict(summaries), "winners": winners(summaries)}
+def comparison_json(summaries: Mapping[str, Summary], left_out: Mapping[str, str]) -> dict[str, Any]:
+    return {"systems": dict(summaries), "winners": winners(summaries), "left_out": dict(left_out)}
 
 
-def print_comparison(summaries: Mapping[str, Summary], *, title: str) -> None:
-    """Metrics as rows, systems as columns; the winner is bold and starred."""
+def print_comparison(summaries: Mapping[str, Summary], left_out: Mapping[str, str], *, title: str) -> None:
+    """Metrics as rows, systems as columns, the other way round for many; the winner is bold and starred."""
     console = _console()
     best = winners(summaries)
     console.print(_heading(title, next(iter(summaries.values()))), style="bold", highlight=False, markup=False)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("metric")
-    for label in summaries:
-        table.add_column(label, justify="right", no_wrap=True)
-    for metric in METRICS:
-        cells = [
-            f"[bold]{text} *[/bold]" if label in best[metric.name] else f"{text}  "
-            for label, summary in summaries.items()
-            for text in (metric.text(metric.value(summary)),)
-        ]
-        table.add_row(metric.name, *cells)
-    console.print(table)
+    if len(summaries) > MOST_COLUMNS:
+        console.print(_by_system(summaries, best))
+    else:
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("metric")
+        for label in summaries:
+            table.add_column(label, justify="right", no_wrap=True)
+        for metric in METRICS:
+            table.add_row(metric.name, *(_cell(metric, label, summaries, best) for label in summaries))
+        console.print(table)
     said: dict[str, list[str]] = {}
     for label, summary in summaries.items():
         for note in notes(summary):
@@ -100,6 +106,25 @@ def print_comparison(summaries: Mapping[str, Summary], *, title: str) -> None:
     for note, labels in said.items():
         whose = "all" if len(labels) == len(summaries) else ", ".join(labels)
         console.print(f"{whose}: {note}", highlight=False, markup=False)
+    for label, reason in left_out.items():
+        console.print(f"{label} is left out: {reason}", highlight=False, markup=False)
+
+
+def _by_system(summaries: Mapping[str, Summary], best: Mapping[str, list[str]]) -> Table:
+    """A row a system, the metrics that have a short name."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("system")
+    for short in SHORT.values():
+        table.add_column(short, justify="right")
+    metrics = [metric for metric in METRICS if metric.name in SHORT]
+    for label in summaries:
+        table.add_row(label, *(_cell(metric, label, summaries, best) for metric in metrics))
+    return table
+
+
+def _cell(metric: Metric, label: str, summaries: Mapping[str, Summary], best: Mapping[str, list[str]]) -> str:
+    text = metric.text(metric.value(summaries[label]))
+    return f"[bold]{text} *[/bold]" if label in best[metric.name] else f"{text}  "
 
 
 def print_run(summary: Summary) -> None:

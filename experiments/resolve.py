@@ -338,4 +338,4 @@ def _named(scenario: Scenario) -> Iterator[None]:
             raise
         if text.startswith("system."):
             text = scenario.system_place + text.removeprefix("system")
-        raise ConfigError(f"{scenario.where}: {text}") from None
+        raise type(error)(f"{scenario.where}: {text}") from None

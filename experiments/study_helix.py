@@ -32,7 +32,7 @@ Placements of Helix and Swarm for Llama-2-70B are the artifact's; "placed by us"
 up to ten hours for the paper's. HiGHS finds less in minutes than moves of one or two machines' layers do in seconds, so
 our search starts from the baselines' placements and moves on. A flow counts tokens of prompts and answers at a fill of
 KV of 30 %, as in the artifact: a yardstick, not a forecast, as two placements of the same flow show here. With the
-artifact's own memory of KV, its two placements pass what it prints, to the last digit (a test); with ours, a fifth more.
+artifact's own memory of KV, its placements pass what it prints, to the last digit (a test); with ours, a fifth more.
 
 Offline: so many users send one request after the other; the number with the highest throughput counts (the artifact
 fills KV up to a mark). Online: the offered loads are the paper's, which feeds each system near its own limit.

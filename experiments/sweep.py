@@ -23,7 +23,7 @@ from experiments.resolve import resolve
 from experiments.rundir import MARK, environment, whole_folder, write_json
 from experiments.scenario import Scenario
 from sim.metrics import estimate
-from sim.types import ConfigError
+from sim.types import ConfigError, InfeasibleError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,19 +102,29 @@ def row_of(summary: Mapping[str, Any], rate_per_s: float) -> dict[str, float | N
 
 def run_points(
     todo: Sequence[Point], executor: Executor, done: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
-    """Rows in the order of the points; ``done`` is called after each. The first error stops the sweep."""
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows in the order of the points; ``done`` is called after each. The first error stops the sweep.
+
+    Points for which a system finds no plan have no row; the second result says which, and why, by system and rate.
+    """
     futures: dict[Future[dict[str, Any]], int] = {executor.submit(run_point, point): n for n, point in enumerate(todo)}
     rows: dict[int, dict[str, Any]] = {}
+    missing: dict[int, str] = {}
     try:
         for future in as_completed(futures):
-            rows[futures[future]] = future.result()
+            try:
+                rows[futures[future]] = future.result()
+            except InfeasibleError as error:
+                missing[futures[future]] = str(error)
             done()
     except BaseException:
         for future in futures:
             future.cancel()
         raise
-    return [rows[place] for place in range(len(todo))]
+    if not rows:
+        raise InfeasibleError(missing[0])
+    reasons = {f"{todo[place].system} at {todo[place].rate_per_s:g}/s": missing[place] for place in sorted(missing)}
+    return [rows[place] for place in sorted(rows)], reasons
 
 
 def process_pool(workers: int | None) -> ProcessPoolExecutor:

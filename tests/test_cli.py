@@ -124,6 +124,26 @@ def test_compare_json_and_chosen_systems(scenario: Path, capsys: pytest.CaptureF
     assert set(found["winners"]) >= {"TTFT p99 (s)", "goodput (requests/s)"}
 
 
+def test_a_system_that_finds_no_plan_is_left_out_and_said(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = ("--set", "slo={tpot_s: 1.0e-6}", "--out", "c", "--quiet")
+    assert call("compare", scenario, "--systems", "melange,vllm", "--json", *cut) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["systems"]) == ["vllm"]
+    assert "within slo.tpot_s 1e-06" in found["left_out"]["melange"]
+    assert call("compare", scenario, "--systems", "melange,vllm", *cut) == 0
+    assert "melange is left out: " in capsys.readouterr().out
+    assert call("compare", scenario, "--systems", "melange", *cut) == 2
+
+
+def test_many_systems_get_a_row_each(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = "orca,fastertransformer,sarathi,sarathi-serve,splitwise,vllm,tetriinfer"
+    assert call("compare", scenario, "--systems", chosen, "--out", "c", "--quiet") == 0
+    lines = capsys.readouterr().out.splitlines()
+    firsts = [line.split()[0] for line in lines if line.split()]
+    assert [name for name in firsts if name in chosen.split(",")] == chosen.split(",")
+    assert pd.read_csv("c/overview.csv")["goodput_per_s"].is_monotonic_decreasing
+
+
 def test_winners_by_hand() -> None:
     def summary(ttft_s: float | None, goodput_per_s: float) -> dict[str, Any]:
         spread = dict.fromkeys(("p50", "p99"), ttft_s)

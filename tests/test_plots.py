@@ -82,6 +82,20 @@ def test_axes_carry_units() -> None:
     assert {"completed requests (%)", "KV blocks in use (%)", "requests waiting", "$ per 1M output tokens"} <= labels
 
 
+def test_many_runs_get_a_row_each_best_first() -> None:
+    runs = {f"s{n}": run(f"s{n}") for n in range(7)}
+    for n, one in enumerate(runs.values()):
+        one.summary["slo"] = one.summary["slo"] | {"goodput_per_s": float(n)}
+        one.summary.update({"ttft_s": {"p50": 0.1, "p99": 1.0}, "tpot_s": {"p50": None, "p99": None}})
+        one.summary.update({"usd_per_million_tokens": 3.0, "used_usd_per_million_tokens": 2.0})
+    drawing = overview(runs, SLO, "t")
+    assert drawing.table["run"].tolist() == [f"s{n}" for n in range(6, -1, -1)]
+    titles = [axes.get_title(loc="left") for axes in drawing.figure.axes]
+    assert titles == ["Time to first token", "Time per output token", "Within the SLO", "Goodput", "Cost"]
+    assert all(axes.get_xlabel() for axes in drawing.figure.axes)
+    assert [text.get_text() for text in drawing.figure.axes[0].get_yticklabels()] == drawing.table["run"].tolist()
+
+
 def test_attainment_by_scale() -> None:
     table = attainment_by_scale({"a": run(), "b": run(completed=0)}, SLO).table
     shares = table[table["run"] == "a"].set_index("slo_scale")["attainment"]

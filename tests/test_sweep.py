@@ -15,6 +15,7 @@ from experiments.scenario import Scenario
 from experiments.sweep import Here, best_rates, means, points, process_pool, run_points
 from sim import ConfigError
 from sim.metrics import estimate
+from sim.types import InfeasibleError
 from tests.command import call
 
 SCENARIO = """
@@ -41,7 +42,7 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_system_rate_and_seed_is_a_run(scenario: Path) -> None:
     todo = points(Scenario.load(scenario), rates_per_s=[1.0, 4.0], seeds=2, systems="vllm,sarathi-serve")
-    rows = run_points(todo, Here())
+    rows, _ = run_points(todo, Here())
     keys = [(row["system"], row["rate_per_s"], row["seed"]) for row in rows]
     assert keys == [(s, r, seed) for s in ("vllm", "sarathi-serve") for r in (1.0, 4.0) for seed in (5, 6)]
     assert all(row["completed"] == 8 for row in rows)
@@ -61,6 +62,16 @@ def test_any_executor_gives_the_same_rows(scenario: Path) -> None:
         assert run_points(todo[:3], threads) == here
     with process_pool(2) as processes:
         assert run_points(todo[:3], processes) == here
+
+
+def test_points_without_a_plan_are_left_out_and_named(scenario: Path) -> None:
+    impossible = Scenario.load(scenario, ["slo.tpot_s=1e-6"])
+    todo = points(impossible, rates_per_s=[1.0, 2.0], seeds=1, systems="melange,vllm")
+    rows, no_plan = run_points(todo, Here())
+    assert [(row["system"], row["rate_per_s"]) for row in rows] == [("vllm", 1.0), ("vllm", 2.0)]
+    assert list(no_plan) == ["melange at 1/s", "melange at 2/s"]
+    with pytest.raises(InfeasibleError, match=r"within slo\.tpot_s 1e-06"):
+        run_points(todo[:2], Here())
 
 
 def test_the_first_error_stops_the_sweep(scenario: Path) -> None:

@@ -173,6 +173,15 @@ def _decode_backend(target: Target) -> str:
     return "paged flash decoding in triton" if in_place else "torch SDPA over gathered blocks"
 
 
+def gpu_name(device: str) -> str:
+    """Our catalogue's name of a torch device."""
+    if device == "cpu":
+        return "CPU"
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device: {device}: torch sees no CUDA device here; give cpu to try the command")
+    return catalogue_name(torch.cuda.get_device_properties(device).name)
+
+
 def catalogue_name(name: str) -> str:
     """Our catalogue's name of a GPU that the driver calls ``name``."""
     for part, ours in CATALOGUE.items():

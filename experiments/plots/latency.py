@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.plots.style import Drawing, guide, log_ticks, percent, run_styles, styled
+from experiments.plots.style import Drawing, guide, legend_columns, log_ticks, percent, run_styles, styled
 from experiments.rundir import Run
 from experiments.vllm_bench import Bench
 from sim.types import Slo
@@ -30,7 +30,9 @@ def latency_cdfs(runs: Mapping[str, Run | Bench], slo: Slo) -> Drawing:
         for axes, metric in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True):
             draw_cdf(axes, table, runs, metric, getattr(slo, metric))
         figure.axes[0].set_ylabel("completed requests (%)")
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(runs))
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=legend_columns(len(runs))
+        )
     return Drawing(figure, table)
 
 

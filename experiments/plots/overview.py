@@ -11,16 +11,23 @@ from matplotlib.gridspec import GridSpec
 
 from experiments.plots.attainment import attainment_table, draw_attainment
 from experiments.plots.latency import cdf_table, draw_cdf
+from experiments.plots.ranking import ranking
 from experiments.plots.style import Drawing, run_styles, styled
 from experiments.plots.timeline import busiest_window, draw_timeline, legend_handles, timeline_table
 from experiments.rundir import Run
 from sim.types import Slo
 
 SLIDE_INCHES = (13.33, 7.5)
+MOST_RUNS = 6
 
 
 def overview(runs: Mapping[str, Run], slo: Slo, title: str) -> Drawing:
-    """CDFs and attainment above, bars and the timeline of the run that moves most KV below; the table is the bars'."""
+    """CDFs and attainment above, bars and the timeline of the run that moves most KV below; the table is the bars'.
+
+    More than ``MOST_RUNS`` get a row each, in place of lines that nobody can tell apart.
+    """
+    if len(runs) > MOST_RUNS:
+        return ranking(runs, slo, title)
     bars = bar_table(runs)
     latencies = cdf_table(runs)
     shown = max(runs.values(), key=lambda run: run.summary["bytes_moved"])

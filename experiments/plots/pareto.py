@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike, NDArray
 
 from experiments.plots.rates import MARKERS
-from experiments.plots.style import Drawing, run_styles, styled
+from experiments.plots.style import Drawing, legend_columns, run_styles, styled
 
 SIDES = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 """Of its point, where a system's labels stand: to the right or left, above or below."""
@@ -61,7 +61,7 @@ def pareto(means: pd.DataFrame) -> Drawing:
         for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
             _draw(axes, table[table["panel"] == panel.title], systems, panel)
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside upper right", ncols=legend_columns(len(labels)))
         text = "numbers: lowest and highest arrival rate (requests/s); filled: no other point is better in both"
         figure.suptitle(text, fontsize=10, x=0.01, ha="left")
     return Drawing(figure, table)

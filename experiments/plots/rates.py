@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.plots.style import Drawing, guide, log_ticks, percent, run_styles, styled
+from experiments.plots.style import Drawing, guide, legend_columns, log_ticks, percent, run_styles, styled
 
 PANELS = {
     "ttft_p50_s": ("Median TTFT", "TTFT p50 (s)"),
@@ -41,7 +41,7 @@ def rate_curves(means: pd.DataFrame, target: float) -> Drawing:
         rates = sorted(table["rate_per_s"].unique())
         goodput.plot(rates, rates, color="#888888", linewidth=1, linestyle=(0, (2, 2)), label="all that arrives")
         handles, labels = goodput.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside upper right", ncols=legend_columns(len(labels)))
         figure.suptitle(_heading(table), fontsize=10, x=0.01, ha="left")
     return Drawing(figure, table)
 

@@ -77,9 +77,9 @@ def run_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def guide(axes: Axes, *, x: float | None = None, y: float | None = None, text: str = "") -> None:
-    """A dotted reference line with a small label at its end."""
+    """A dotted reference line with a small label at its end; not where it lies outside the axes."""
     dots: dict[str, Any] = {"color": GUIDE_COLOUR, "linewidth": 1, "linestyle": (0, (2, 2)), "zorder": 1}
-    small: dict[str, Any] = {"color": "#555555", "fontsize": 8}
+    small: dict[str, Any] = {"color": "#555555", "fontsize": 8, "annotation_clip": True, "in_layout": False}
     if x is not None:
         axes.axvline(x, **dots)
         axes.annotate(text, (x, 0), xycoords=axes.get_xaxis_transform(), xytext=(3, 4), textcoords="offset points",
@@ -98,6 +98,11 @@ def log_ticks(axes: Axes, which: str = "x") -> None:
     axis.set_major_locator(LogLocator(base=10, subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def legend_columns(count: int, most: int = 7) -> int:
+    """Of a legend above a wide figure, in rows of about the same length."""
+    return -(-count // -(-count // most))
 
 
 def percent(axes: Axes) -> None:
