@@ -7,12 +7,12 @@ on a short trace, ``ranked`` orders them, ``save_plans`` writes the lot. ``Infea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,10 +25,9 @@ from experiments.sweep import Here
 from sim.cluster import did_you_mean
 from sim.engine import simulate
 from sim.metrics import attainment, cost
-from sim.planners.exegpt import ExeGPT
 from sim.planners.hexgen2 import HexGen2
-from sim.planners.melange import Melange
 from sim.planners.thunderserve import Candidate, LogRow, TabuSearch
+from sim.policy import Problem
 from sim.types import ConfigError, InfeasibleError, Plan, Stage, Work
 
 Progress = Callable[[int, float], None]
@@ -108,6 +107,13 @@ class Found:
 # ---------------------------------------------------------------- candidates
 
 
+@runtime_checkable
+class Explains(Protocol):
+    """A planner that has something to say of its choice, a line each."""
+
+    def explain(self, problem: Problem) -> Iterable[str]: ...
+
+
 def found(setup: Setup, *, seconds: float | None = None, progress: Progress | None = None) -> Found:
     """What the system's planner offers: many candidates if it searches, else one."""
     check_minimum(setup)
@@ -117,9 +123,7 @@ def found(setup: Setup, *, seconds: float | None = None, progress: Progress | No
         planner = timed(setup, seconds)
     if not isinstance(planner, TabuSearch | HexGen2):
         only = Option(setup=setup, plan=planner.plan(problem))
-        return Found(
-            options=(only,), notes=tuple(planner.explain(problem)) if isinstance(planner, ExeGPT | Melange) else ()
-        )
+        return Found(options=(only,), notes=tuple(planner.explain(problem)) if isinstance(planner, Explains) else ())
     search = planner.search(problem, progress=progress)
     options = tuple(Option(setup=setup, plan=one.plan, predicted=one) for one in search.candidates if one.served)
     return Found(options=options, log=search.log)

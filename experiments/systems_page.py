@@ -31,6 +31,7 @@ STUDIES: Mapping[str, str] = {
     "exegpt": "study_exegpt",
     "deja-vu": "study_dejavu",
     "melange": "study_melange",
+    "spotserve": "study_spotserve",
 }
 NEAR = 1.15
 """A ratio within 15 % of the printed one."""

@@ -213,6 +213,8 @@ class Change:
     ``loads``: all that the GPUs of a new replica (by name) fetch; what they hold of the last stage they were in, they
     need not. A replica that is not named loads everything from its hosts. ``keep``, without ``drain``: by id, requests
     that decode on a replica that disappears, and the replica (by name) on which they go on; their KV moves there.
+    ``forget``: the others on it lose what they have generated too, as where an engine restarts them. ``requeue``: what
+    waits is routed again, now and when the new replicas come up, as where all replicas draw from one queue.
     """
 
     plan: Plan
@@ -220,6 +222,8 @@ class Change:
     drain: bool = True
     loads: Mapping[str, tuple[Load, ...]] = field(default_factory=dict)
     keep: Mapping[int, str] = field(default_factory=dict)
+    forget: bool = False
+    requeue: bool = False
 
 
 @dataclass(frozen=True, slots=True)

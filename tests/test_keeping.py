@@ -179,6 +179,36 @@ def test_ranks_have_equal_parts_of_layers_in_common() -> None:
     assert common_weight_bytes(TINY, (stage(1, 0, 2), 0), (stage(1, 1, 2), 0)) == TINY.weight_bytes(1, 2)
 
 
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_requests_may_restart_from_their_prompts(step_by_step: bool) -> None:
+    """None of the three tokens that were out count."""
+    change = Change(plan=AGAIN, reason="restart", drain=False, loads={"b": ()}, forget=True)
+    result = changed(change, step_by_step=step_by_step)
+    up = 35 * MS + sent_ps(where().cluster.load_path(("n0.g0",)), 0)
+    assert result.token_times_ps(0)[:2] == [up + 11 * MS, up + 11 * MS + decode_ps(101)]
+    assert len(result.token_times_ps(0)) == 6
+    assert result.rows.requests[0].first_token_ps == up + 11 * MS
+
+
+@pytest.mark.parametrize("step_by_step", [False, True])
+@pytest.mark.parametrize("requeue", [False, True])
+def test_what_waits_may_be_routed_again_when_a_replica_comes_up(requeue: bool, step_by_step: bool) -> None:
+    """One at a time on ``a``; the second request waits there, or goes to ``b`` as soon as it is up."""
+    requests = [request(n, 0.001 * n, output_tokens=10) for n in range(3)]
+    plan = Plan(replicas=(*ONE.replicas, *NEXT.replicas))
+    change = Change(plan=plan, reason="one more", requeue=requeue)
+    script = Script([change], interval_s=TICK_S)
+    result = run(
+        system(rescheduler=lambda: script, max_num_seqs=1), requests, where(), plan=ONE, step_by_step=step_by_step
+    )
+    assert outcomes(result) == ["completed"] * 3
+    places = {row.request.id: row.prefill_stage for row in result.rows.requests}
+    assert places == ({0: "a", 1: "b", 2: "a"} if requeue else {0: "a", 1: "a", 2: "a"})
+    (up,) = [note.time_ps for note in result.rows.notes if note.kind == "up"]
+    if requeue:
+        assert result.token_times_ps(1)[0] == up + 11 * MS
+
+
 class PutsOff:
     """Asks to be asked again, twice, and changes nothing."""
 

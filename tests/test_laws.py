@@ -23,7 +23,7 @@ from sim.systems.distserve import ReplanOnShift
 from sim.systems.splitwise import Repurpose
 from sim.systems.tetriinfer import FlipIdle
 from sim.systems.thunderserve import Reschedule
-from sim.types import Change, Later, Replica, Signal, Stage
+from sim.types import Change, Later, Load, Replica, Signal, Stage
 from tests.toys import ToyCost, cluster, problem, replica, run, with_limits
 
 SPLIT = {"prefill": {"replicas": 1, "tp": 1}, "decode": {"replicas": 2, "tp": 1}}
@@ -61,14 +61,15 @@ class Fleeing:
             self.doomed = set(signal.gpus)
             return Later(signal.at_s + 0.05)
         if signal.kind == "joined":
-            return Change(plan=self.plan, reason="back")
+            return Change(plan=self.plan, reason="back", requeue=True)
         if signal.kind != "due":
             return None
         staying = [gpu for spec in view.plan.replicas for gpu in spec.gpus if gpu not in self.doomed]
         plan = Plan(replicas=(replica("pipe", staying[-2:], pp=2), *(replica(g, [g]) for g in staying[:-2])))
         ids = sorted({request.id for one in view.replicas for request in one.running})
         keep = {number: plan.replicas[number % len(plan.replicas)].name for number in ids}
-        return Change(plan=plan, reason="flee", drain=False, keep=keep, loads={spec.name: () for spec in plan.replicas})
+        held: dict[str, tuple[Load, ...]] = {spec.name: () for spec in plan.replicas}
+        return Change(plan=plan, reason="flee", drain=False, keep=keep, loads=held, forget=len(ids) % 2 > 0)
 
 
 def eager_replanning() -> System:
@@ -262,6 +263,16 @@ SETTINGS: dict[str, Callable[[], System]] = {
         **SPLIT,
     ),
     "melange": lambda: replace(SYSTEMS["melange"](), planner=SYSTEMS["vllm"](replicas=3, tp=1).planner),
+    "spotserve": lambda: reserving("spotserve", max_tp=1, least_gpus=2, need_per_s=1.0),
+    "spotserve tp2, rates seen": lambda: reserving("spotserve", max_tp=2, least_gpus=2),
+    "spotserve growing": lambda: reserving("spotserve", max_tp=2, instances=1, need_per_s=1e6),
+    "spotserve without its parts": lambda: reserving(
+        "spotserve", max_tp=1, least_gpus=2, need_per_s=1.0, without=["controller", "mapper", "arranger"]
+    ),
+    "spotserve reparallelization": lambda: reserving(
+        "spotserve", mode="reparallelization", max_tp=1, least_gpus=2, need_per_s=1.0, disk_bytes_per_s=1e10
+    ),
+    "spotserve rerouting": lambda: reserving("spotserve", mode="rerouting", max_tp=1, least_gpus=2, need_per_s=1.0),
     "splitwise as splitwise-sim": lambda: SYSTEMS["splitwise"](
         prompt_queue_tokens=300, compat="splitwise_sim", **SPLIT
     ),

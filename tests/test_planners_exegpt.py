@@ -247,8 +247,22 @@ def test_pools_of_waa_by_hand() -> None:
     batch, token_s = schedule.decode_batch, 0.01 + 1e-5 * ceil(schedule.decode_batch)
     assert batch == pytest.approx(4 * 8 / 0.014 * token_s, rel=0.01)
     assert schedule.perf.throughput_per_s == pytest.approx(4 / 0.014)
-    host_s = world.timing.host_s(("n0.g0",), 4)
-    assert schedule.perf.latency_s == pytest.approx(0.014 + 2 * host_s + 8 * token_s)
+    part_s, over_s = world.timing.hand_over_s(("n0.g0",), ("n0.g1",), 4)
+    assert over_s == pytest.approx(2 * part_s)
+    assert schedule.perf.latency_s == pytest.approx(0.014 + over_s + 8 * token_s)
+
+
+def test_the_line_between_machines_sets_the_pace() -> None:
+    """Two machines, 10 MB/s: KV of four prompts takes longer than their 14 ms."""
+    nodes = [{"gpu": "A100-80G-SXM", "count": 1, "nodes": 2}]
+    far = Cluster.of(nodes=nodes, links={"inter_node": {"gbps": 0.08, "latency_us": 100}})
+    world = toy(PLAIN, gpus=2)
+    timing = Timing(replace(world.timing.problem, cluster=far), 100, world.traffic.context_tokens, 8)
+    schedule = workload_aware(replace(world, timing=timing, gpus=far.gpu_ids), "waa-c", 4, 1, Tensor(1, 0), 1)
+    line_s = 1e-4 + 4 * 100 * TINY.kv_bytes_per_token() / 1e7
+    assert line_s > 0.014
+    assert schedule.perf.throughput_per_s == pytest.approx(4 / line_s)
+    assert schedule.perf.latency_s == pytest.approx(0.014 + line_s + 8 * 0.01 + 8e-5 * ceil(schedule.decode_batch))
 
 
 def test_a_full_decode_pool_sets_the_pace() -> None:

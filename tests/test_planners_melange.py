@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from math import ceil, inf
+from typing import Any
 
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import OptimizeResult
 
 from experiments.melange_world import ALLOCATIONS, PRICES, problem
 from experiments.study_melange import toy
@@ -150,6 +153,24 @@ def test_f_a_bucket_that_nobody_serves_is_an_error() -> None:
         cheapest(dict.fromkeys(SIZES, 1.0), [offer("a", 1.0, (1, 1, 0)), offer("b", 1.0, (1, 0, 0))])
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_where_time_is_up_the_gap_is_told(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
+    solve = scipy.optimize.milp
+
+    def milp(*given: Any, **more: Any) -> OptimizeResult:
+        solved = solve(*given, **more)
+        return OptimizeResult(x=solved.x if found else None, status=1, mip_gap=0.1, message="Time limit reached")
+
+    market = (dict.fromkeys(SIZES, 1.0), [offer("a", 1.0, (1, 1, 2))])
+    assert cheapest(*market).gap == 0
+    monkeypatch.setattr("scipy.optimize.milp", milp)
+    if found:
+        assert cheapest(*market).gap == 0.1
+    else:
+        with pytest.raises(ConfigError, match=r"set system\.slices to fewer"):
+            cheapest(*market)
+
+
 def test_the_printed_tables_are_consistent() -> None:
     """Every allocation's counts at the prices are its printed rent (tables 3 to 8)."""
     rows = [one for table in ALLOCATIONS.values() for one in table]
@@ -227,6 +248,12 @@ def test_it_says_what_binds() -> None:
         assert part in text
     long = problem(0.12, Workload(rate_per_s=0.2, lengths=((15900, 200),)), {"A10G": 2, "A100": 2})
     assert "only A10G: cannot serve requests of 16000x250 tokens within the SLO" in Melange().explain(long)[1]
+
+
+def test_it_says_that_the_mix_may_not_be_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = problem(0.12, Workload(rate_per_s=1.0, lengths=((200, 200),)))
+    monkeypatch.setattr("sim.planners.melange.cheapest", lambda *given: replace(cheapest(*given), gap=0.1))
+    assert Melange().explain(where)[1] == "the solver's 60 s were up; another mix may cost up to 10.0% less"
 
 
 def test_a_replica_is_as_many_gpus_as_hold_the_model() -> None:

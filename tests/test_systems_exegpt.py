@@ -252,7 +252,8 @@ def test_g_equal_seeds_give_equal_bytes() -> None:
         ({"schedule": "x"}, "system.schedule is 'x'; exegpt has auto, rra, waa-c, waa-m"),
         ({"rule": "x"}, "system.rule is 'x'; exegpt has littles_law, paper"),
         ({"latency_bound_s": 0.0}, "system.latency_bound_s is 0.0; it must be a number > 0"),
-        ({"band": 1.0}, "band 1.0 and tolerance 0.05 must be in"),
+        ({"band": 1.0}, r"system.band is 1.0; it must be in \[0, 1\)"),
+        ({"tolerance": -0.1}, r"system.tolerance is -0.1; it must be in \[0, 1\)"),
         ({"encode_batch": 0}, "system.encode_batch is 0; it must be a whole number >= 1"),
     ],
 )

@@ -52,6 +52,8 @@ class Changes:
         self.loading = Loading(engine, self._come_up)
         self.keeping = Keeping(engine)
         self.idle_ticks = 0
+        self.requeue = False  # as the last change of plan wants it
+        self.emptied: dict[ReplicaState, None] = {}  # whose queues were, so that they decide anew
         self.stranded: list[Job] = []
 
     # ------------------------------------------------------------ signals
@@ -119,6 +121,8 @@ class Changes:
     def _react(self, kind: SignalKind, gpus: tuple[str, ...], deadline_s: float | None = None) -> None:
         engine = self.engine
         signal = Signal(kind, to_s(engine.clock.now_ps), gpus, deadline_s)
+        for replica in engine.by_leg.values():  # so that all that a rescheduler reads is of now
+            replica.settle()
         answer = self.rescheduler.react(signal, engine.view)
         if isinstance(answer, Later):
             engine.clock.at(max(to_ps(answer.at_s), engine.clock.now_ps + 1), self._due)
@@ -163,10 +167,12 @@ class Changes:
         self._react("lost", gpus)
         self._settle_in(displaced)
 
-    def take_down(self, replica: ReplicaState, kept: Mapping[int, Replica] | None = None) -> list[Job]:
+    def take_down(
+        self, replica: ReplicaState, kept: Mapping[int, Replica] | None = None, *, forget: bool = False
+    ) -> list[Job]:
         """The replica is gone, and all KV on it but that of decoding requests that are kept, by id, for another.
 
-        Returns the other requests, ready to start over.
+        Returns the other requests, ready to start over, from their prompts alone if ``forget``.
         """
         engine = self.engine
         engine.end_flights(replica)
@@ -185,7 +191,7 @@ class Changes:
                 going_on += 1
             else:
                 displaced.append(job)
-        self._start_over(displaced)
+        self._start_over(displaced, forget=forget)
         engine.put_away(replica)
         more = f", {going_on} keep their KV" if going_on else ""
         self.note("down", f"{replica.name}: {len(displaced)} requests start over{more}")
@@ -204,24 +210,24 @@ class Changes:
     def _orphans(self) -> list[Job]:
         return self.keeping.orphans([spec.leg for spec in self.loading.specs.values()])
 
-    def _start_over(self, jobs: list[Job]) -> list[Job]:
+    def _start_over(self, jobs: list[Job], *, forget: bool = False) -> list[Job]:
         for job in jobs:
-            self._displace(job)
+            self._displace(job, forget=forget)
         return jobs
 
-    def _displace(self, job: Job) -> None:
+    def _displace(self, job: Job, *, forget: bool = False) -> None:
         if self.engine.paths is not None:
             self.engine.paths.leave(job)
         self.engine.router.finished(job)
         job.route = None
         job.epoch += 1
-        job.start_over()
+        job.start_over(forget=forget)
 
     def _settle_in(self, jobs: list[Job]) -> None:
         """Route displaced requests again, and those that wait for a replica; they (still) wait if one is on its way
         up while none is there, and fail if none is."""
         engine = self.engine
-        touched: dict[ReplicaState, None] = {}
+        touched, self.emptied = self.emptied, {}
         jobs, self.stranded = self.stranded + jobs, []
         for job in sorted(jobs, key=lambda job: (job.arrival_ps, job.id)):
             if engine.view.replicas:
@@ -254,7 +260,7 @@ class Changes:
         for leg, replica in list(engine.by_leg.items()):
             spec = wanted.get(leg)
             if spec is None or (spec.stages, spec.models) != (replica.spec.stages, replica.spec.models):
-                displaced += self._retire(replica) if change.drain else self.take_down(replica, kept)
+                displaced += self._leave(replica, change, kept)
             elif spec.role != replica.role:
                 replica.role = spec.role
                 replica.batcher = engine.system.batcher(spec.role)
@@ -263,9 +269,10 @@ class Changes:
             up = engine.by_leg.get(leg)
             if (up is None or up.retiring) and not self.lost & set(spec.gpus):
                 self.loading.specs.setdefault(spec.name, spec)
+        self.requeue = change.requeue
+        displaced += self._start_over(self._orphans()) + self._requeued()
         self.show(change.plan)
         self.loading.start()
-        displaced += self._start_over(self._orphans())
         for replica in flipped:
             engine.nudge(replica)
         self._settle_in(displaced)
@@ -280,7 +287,19 @@ class Changes:
                 raise PolicyError(f"{policy} keeps KV for replica {name!r}, which its plan does not have")
         return {number: known[name] for number, name in change.keep.items()}
 
-    def _retire(self, replica: ReplicaState) -> list[Job]:
+    def _leave(self, replica: ReplicaState, change: Change, kept: Mapping[int, Replica]) -> list[Job]:
+        return self._retire(replica) if change.drain else self.take_down(replica, kept, forget=change.forget)
+
+    def _requeued(self) -> list[Job]:
+        """What waits on replicas that stay, where it is to be routed again."""
+        displaced: list[Job] = []
+        for replica in list(self.engine.by_leg.values()) if self.requeue else ():
+            displaced += self._turn_away(replica)
+            self.emptied[replica] = None
+        return displaced
+
+    def _turn_away(self, replica: ReplicaState) -> list[Job]:
+        """Empty the waiting queue."""
         replica.settle()
         displaced = list(replica.waiting)
         for job in displaced:
@@ -288,6 +307,10 @@ class Changes:
             replica.veil.fresh.pop(job, None)
             self._displace(job)
         replica.waiting.clear()
+        return displaced
+
+    def _retire(self, replica: ReplicaState) -> list[Job]:
+        displaced = self._turn_away(replica)
         replica.retiring = True
         self.maybe_drained(replica)
         return displaced
@@ -303,4 +326,4 @@ class Changes:
         self.note("up", spec.name)
         self.show(self.engine.view.plan)
         self.keeping.is_up(self.engine.by_leg[spec.leg])
-        self._settle_in([])
+        self._settle_in(self._requeued())

@@ -160,12 +160,12 @@ class Job:
         """Output tokens still to be emitted, for a job outside any cohort."""
         return self._output_tokens - self.generated_tokens
 
-    def start_over(self) -> None:
-        """Forget all KV; what was generated is kept and will be recomputed with the prompt.
+    def start_over(self, *, forget: bool = False) -> None:
+        """Forget all KV; what was generated is recomputed with the prompt, or forgotten too.
 
         A group of samples cannot be recomputed in one pass: it begins anew.
         """
-        if self.samples > 1:
+        if self.samples > 1 or forget:
             self.generated_tokens = 0
             self.tokens.clear()
             self.first_token_ps = self.prefill_end_ps = None

@@ -29,6 +29,8 @@ OUTPUT_EDGES = (25, 100, 250, 500, 1000, 2000)
 BATCHES = tuple(sorted({round(1.06**power) for power in range(160)}))
 """Batches that are looked at beside the largest: all small ones, then steps of 6 %."""
 SOLVER_S = 60.0
+TIME_IS_UP, INFEASIBLE = 1, 2
+"""What scipy's ``milp`` may say of its result."""
 ROUNDING = 1e-6
 """Of a replica: to what the solver keeps its constraints."""
 
@@ -141,10 +143,14 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """Replicas by offer. ``loads``: replicas' worth of work; ``slices`` of each bucket by offer and bucket."""
+    """Replicas by offer. ``loads``: replicas' worth of work; ``slices`` of each bucket by offer and bucket.
+
+    ``gap``: share of the rent that another mix might save, where the solver's time was up; else 0.
+    """
 
     counts: Mapping[str, int]
     usd_per_hour: float
+    gap: float
     loads: Mapping[str, float]
     slices: Mapping[tuple[str, Bucket], int]
 
@@ -178,7 +184,7 @@ def cheapest(rates: Mapping[Bucket, float], offers: Sequence[Offer], slices: int
     if found is None:
         has = ", ".join(f"{'any' if one.available is None else one.available} {one.name}" for one in offers)
         raise InfeasibleError(f"{sum(rates.values()):.3g} requests/s are more than the cluster serves: {has}")
-    counts, parts = found
+    counts, parts, gap = found
     loads = {
         offer.name: sum(
             part * rate / slices / offer.max_rates[bucket]
@@ -190,6 +196,7 @@ def cheapest(rates: Mapping[Bucket, float], offers: Sequence[Offer], slices: int
     return Mix(
         counts={offer.name: number for offer, number in zip(offers, counts, strict=True)},
         usd_per_hour=sum(offer.usd_per_hour * number for offer, number in zip(offers, counts, strict=True)),
+        gap=gap,
         loads=loads,
         slices={
             (offer.name, bucket): part
@@ -202,8 +209,8 @@ def cheapest(rates: Mapping[Bucket, float], offers: Sequence[Offer], slices: int
 
 def _solved(
     rates: Mapping[Bucket, float], offers: Sequence[Offer], slices: int
-) -> tuple[list[int], list[list[int]]] | None:
-    """Replicas of each offer, and its slices of each bucket; None if there are too few replicas."""
+) -> tuple[list[int], list[list[int]], float] | None:
+    """Replicas of each offer, its slices of each bucket, and the gap; None if there are too few replicas."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     types, buckets = len(offers), len(rates)
@@ -228,12 +235,13 @@ def _solved(
         constraints=[LinearConstraint(load, -np.inf, 0), LinearConstraint(whole, slices, slices)],
         options={"mip_rel_gap": 0.0, "time_limit": SOLVER_S},
     )
-    if result.x is None:
-        if result.status == 1:
-            raise InfeasibleError(f"no mix was found within {SOLVER_S:g} s; set system.slices to fewer")
+    if result.status == INFEASIBLE:
         return None
+    if result.x is None:
+        raise ConfigError(f"melange: no mix was found in {SOLVER_S:g} s; set system.slices to fewer ({result.message})")
     values = np.rint(result.x).astype(int)
-    return values[types * buckets :].tolist(), values[: types * buckets].reshape(types, buckets).tolist()
+    counts, parts = values[types * buckets :].tolist(), values[: types * buckets].reshape(types, buckets).tolist()
+    return counts, parts, float(result.mip_gap) if result.status == TIME_IS_UP else 0.0
 
 
 # ---------------------------------------------------------------- the planner
@@ -292,6 +300,8 @@ class Melange:
         mix, offers = found.mix, found.offers
         counts = " + ".join(f"{number} {name}" for name, number in mix.counts.items() if number)
         lines = [f"cheapest mix for {sum(found.rates.values()):.3g} requests/s: {counts} = {mix.usd_per_hour:.2f} $/h"]
+        if mix.gap:
+            lines.append(f"the solver's {SOLVER_S:g} s were up; another mix may cost up to {mix.gap:.1%} less")
         lines += [f"only {offer.name}: {_alone(found, offer)}" for offer in offers]
         lower = least_usd_per_hour(found.rates, offers)
         lines.append(f"least possible with parts of replicas, and enough of each: {lower:.2f} $/h")

@@ -20,6 +20,7 @@ from sim.systems.orca import orca
 from sim.systems.sarathi import sarathi
 from sim.systems.sarathi_serve import sarathi_serve
 from sim.systems.splitwise import splitwise
+from sim.systems.spotserve import spotserve
 from sim.systems.tetriinfer import tetriinfer
 from sim.systems.thunderserve import thunderserve
 from sim.systems.vllm import vllm
@@ -40,4 +41,5 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "alpaserve": alpaserve,
     "deja-vu": dejavu,
     "melange": melange,
+    "spotserve": spotserve,
 }

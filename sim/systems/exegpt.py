@@ -130,21 +130,11 @@ def exegpt(
     for like those that arrive. ``band``: by how much batches may be off before the next one mends it. ``tolerance``:
     shares by which throughput and latency may fall where the search has them rise.
     """
-    if schedule != "auto" and schedule not in KINDS:
-        raise ConfigError(f"system.schedule is {schedule!r}; exegpt has auto, {', '.join(KINDS)}")
-    if rule not in RULES:
-        raise ConfigError(f"system.rule is {rule!r}; exegpt has {', '.join(RULES)}")
-    if latency_bound_s is not None and not 0 < latency_bound_s < inf:
-        raise ConfigError(f"system.latency_bound_s is {latency_bound_s}; it must be a number > 0, or left out")
-    if not 0 <= band < 1 or not 0 <= tolerance < 1:
-        raise ConfigError(f"system: band {band} and tolerance {tolerance} must be in [0, 1)")
-    stated = {
-        "encode_batch": encode_batch, "decode_iterations": decode_iterations, "micro_batches": micro_batches,
-        "tp": tp, "tp_gpus": tp_gpus, "gpus": gpus,
-    }  # fmt: skip
-    for name, value in stated.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"system.{name} is {value}; it must be a whole number >= 1")
+    _check(schedule, rule, latency_bound_s, band=band, tolerance=tolerance)
+    _check_counts(
+        encode_batch=encode_batch, decode_iterations=decode_iterations, micro_batches=micro_batches, tp=tp,
+        tp_gpus=tp_gpus, gpus=gpus,
+    )  # fmt: skip
     kinds = KINDS if schedule == "auto" else (schedule,)
     planner = ExeGPT(
         kinds=kinds, bound_s=latency_bound_s, encode_batch=encode_batch, decode_iterations=decode_iterations,
@@ -160,3 +150,21 @@ def exegpt(
         rescheduler=RestorePlan,
         limits=LIMITS,
     )
+
+
+def _check(schedule: str, rule: str, latency_bound_s: float | None, **shares: float) -> None:
+    if schedule != "auto" and schedule not in KINDS:
+        raise ConfigError(f"system.schedule is {schedule!r}; exegpt has auto, {', '.join(KINDS)}")
+    if rule not in RULES:
+        raise ConfigError(f"system.rule is {rule!r}; exegpt has {', '.join(RULES)}")
+    if latency_bound_s is not None and not 0 < latency_bound_s < inf:
+        raise ConfigError(f"system.latency_bound_s is {latency_bound_s}; it must be a number > 0, or left out")
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ConfigError(f"system.{name} is {share}; it must be in [0, 1)")
+
+
+def _check_counts(**stated: int | None) -> None:
+    for name, value in stated.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"system.{name} is {value}; it must be a whole number >= 1")

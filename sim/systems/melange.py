@@ -118,7 +118,7 @@ class _Listed:
 class Simulated:
     """Rates by bisection on simulated Poisson arrivals of one size on one replica, as the paper profiles GPUs.
 
-    To 3 %, ``requests`` a trial or more (``SPANS``). What was found is kept while the problem differs in its workload only.
+    To 3 %, ``requests`` a trial or more (``SPANS``). What was found is kept while only the workload differs.
     """
 
     def __init__(self, simulate: Simulate, requests: int = 500) -> None:

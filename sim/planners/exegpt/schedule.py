@@ -46,7 +46,7 @@ class Schedule:
             f"N_D {self.decode_iterations}"
             if self.decode_iterations is not None
             else f"{len(self.plan.replicas[0].gpus)} + {len(self.plan.replicas[1].gpus)} GPUs, "
-            f"{self.micro_batches} micro-batches"
+            f"{self.micro_batches} micro-batch{'' if self.micro_batches == 1 else 'es'}"
         )
         tp = f"TP{self.tensor.degree} on {self.tensor.gpus} GPUs" if self.tensor.gpus else "no TP"
         return (
@@ -179,8 +179,8 @@ def workload_aware(
     decode = timing.pipeline("decode", "decode", groups(world.gpus[number:], own[1]))
     passes = world.passes(encode_batch, 1)
     stage_s, way_s = encode.encode_s(ceil(encode_batch / passes))
-    out_s, in_s = timing.host_s(encode.gpus, encode_batch), timing.host_s(decode.gpus, encode_batch)
-    period_s = max(passes * stage_s, out_s, in_s)
+    part_s, over_s = timing.hand_over_s(encode.gpus, decode.gpus, encode_batch)
+    period_s = max(passes * stage_s, part_s)
     micro_batches = min(micro_batches, decode.stages)
     most = world.most(decode, timing.blocks_of(traffic.context_tokens) + 1)
     batch = _decodes(world, decode, micro_batches, encode_batch, period_s, most)
@@ -189,7 +189,7 @@ def workload_aware(
     if batch > 0:
         throughput = min(encode_batch / period_s, batch / (traffic.decode_iterations * token_s))
         way_s = max(way_s, encode.stages * stage_s) + (passes - 1) * stage_s
-        wait_s = way_s + out_s + in_s + traffic.bounded_iterations * token_s
+        wait_s = way_s + over_s + traffic.bounded_iterations * token_s
         fits = 2 * encode_batch <= world.most(encode, timing.blocks_of(traffic.prompt_tokens)) and batch <= most
         perf = Perf(throughput, wait_s if fits else inf)
     return Schedule(

@@ -106,12 +106,17 @@ class Timing:
         capacity = cluster.capacity_bytes_per_s
         return max((path.latency_s + size_bytes / path.bytes_per_s(capacity) for path in paths), default=0.0)
 
-    def host_s(self, gpus: tuple[str, ...], prompts: int) -> float:
-        """KV of so many prompts between a pool of GPUs and host memory."""
+    def hand_over_s(self, source: tuple[str, ...], target: tuple[str, ...], prompts: int) -> tuple[float, float]:
+        """(slowest part, all) of the way of so many prompts' KV from one pool to another.
+
+        Out to host memory and in again; between machines the line counts in place of both, where it takes longer.
+        """
         cluster = self.problem.cluster
-        path = cluster.load_path(gpus)
         kv_bytes = prompts * self._prompt * self.problem.model.kv_bytes_per_token()
-        return path.latency_s + kv_bytes / path.bytes_per_s(cluster.capacity_bytes_per_s)
+        ways = (cluster.load_path(source), cluster.load_path(target), cluster.path(source, target))
+        capacity = cluster.capacity_bytes_per_s
+        out_s, in_s, line_s = (way.latency_s + kv_bytes / way.bytes_per_s(capacity) for way in ways)
+        return max(out_s, in_s, line_s), max(out_s + in_s, line_s)
 
     def blocks_of(self, tokens: float) -> int:
         """KV blocks of a sequence."""
