@@ -7,7 +7,6 @@ fit: what differs stays in the table, with the reason where we know it.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments.plots.style import GUIDE_COLOUR, RUN_COLOURS, Drawing, log_ticks, save, styled
 from experiments.progress import Log
+from traces.write import replacing
 
 Kind = Literal["exact", "ratio", "direction", "aim"]
 Basis = Literal["arithmetic", "measured profile", "roofline", "splitwise-sim's model"]
@@ -100,9 +100,8 @@ def write(folder: Path, name: str, title: str, intro: str, rows: Sequence[Compar
     folder.mkdir(parents=True, exist_ok=True)
     paths = save(_drawn(title, rows), folder, name)
     page = folder / f"{name}.md"
-    partial = page.with_name(f".{page.name}.{os.getpid()}.partial")
-    partial.write_text(markdown(name, title, intro, rows), encoding="utf-8")
-    partial.replace(page)
+    with replacing(page) as partial:
+        partial.write_text(markdown(name, title, intro, rows), encoding="utf-8")
     return [page, *paths]
 
 
