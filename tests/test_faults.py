@@ -198,10 +198,21 @@ def test_gpus_that_join_bring_their_replica_back_once_the_weights_are_loaded() -
     events = [event("gpu_lost", "n0.g0", 0.1), event("gpu_joined", "n0.g0", 1.0)]
     requests = [request(0), request(1, 0.5), request(2, 3.0)]
     result = run(system(rescheduler=RestorePlan), requests, plan=ONE, events=events)
-    assert outcomes(result) == ["failed", "rejected", "completed"]
+    assert outcomes(result) == ["completed"] * 3  # what comes meanwhile, waits
     up = next(note for note in result.rows.notes if note.kind == "up")
     assert up.time_ps == 1000 * MS + load_ps(ONE.replicas[0], problem())
     assert len(result.rows.replicas) == 2  # before and after
+
+
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_while_no_replica_is_up_requests_wait_for_the_last_gpus_that_may_join(step_by_step: bool) -> None:
+    """Nobody brings the replica back: they fail when the last GPU has joined, later ones at once."""
+    events = [event("gpu_lost", "n0.g0", 0.05), *(event("gpu_joined", f"n0.g{n}", 1.0 + n) for n in range(2))]
+    requests = [request(0), request(1, 0.5), request(2, 3.0)]
+    result = run(system(), requests, where(), plan=ONE, events=events, step_by_step=step_by_step)
+    assert {row.request.id: (row.outcome, row.reason) for row in result.rows.requests} == {
+        0: ("failed", "no replica is up"), 1: ("failed", "no replica is up"), 2: ("rejected", "no replica is up"),
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------ wrong input

@@ -54,6 +54,7 @@ class Changes:
         self.idle_ticks = 0
         self.requeue = False  # as the last change of plan wants it
         self.emptied: dict[ReplicaState, None] = {}  # whose queues were, so that they decide anew
+        self.joins_to_come = 0
         self.stranded: list[Job] = []
 
     # ------------------------------------------------------------ signals
@@ -63,6 +64,7 @@ class Changes:
         for event in events:
             self._targets(event)
             self.engine.clock.at(to_ps(event.at_s), self._happen, event)
+        self.joins_to_come = sum(event.kind == "gpu_joined" for event in events)
         if self.rescheduler.interval_s is not None:
             self.engine.clock.at(to_ps(self.rescheduler.interval_s), self._tick)
 
@@ -101,8 +103,10 @@ class Changes:
         elif event.kind == "gpu_slow":
             self._slow_down(targets, self._factor(event))
         elif event.kind == "gpu_joined":
+            self.joins_to_come -= 1
             self.lost.difference_update(targets)
             self._react("joined", targets)
+            self._settle_in([])
         elif event.kind == "spot_notice":
             deadline_s = event.deadline_s or 0.0
             self._react("notice", targets, event.at_s + deadline_s)
@@ -223,9 +227,14 @@ class Changes:
         job.epoch += 1
         job.start_over(forget=forget)
 
+    @property
+    def may_come_up(self) -> bool:
+        """A replica is on its way up, or none is there while GPUs are still to join."""
+        return bool(self.loading.specs) or (self.joins_to_come > 0 and not self.engine.view.replicas)
+
     def _settle_in(self, jobs: list[Job]) -> None:
-        """Route displaced requests again, and those that wait for a replica; they (still) wait if one is on its way
-        up while none is there, and fail if none is."""
+        """Route displaced requests again, and those that wait for a replica; they (still) wait while none is there but
+        one may come up, and fail if none can."""
         engine = self.engine
         touched, self.emptied = self.emptied, {}
         jobs, self.stranded = self.stranded + jobs, []
@@ -233,7 +242,7 @@ class Changes:
             if engine.view.replicas:
                 engine.unfinished -= 1
                 engine.admit(job, touched)
-            elif self.loading.specs:
+            elif self.may_come_up:
                 self.stranded.append(job)
             else:
                 engine.finish(job, "failed", "no replica is up")

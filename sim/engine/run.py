@@ -171,7 +171,7 @@ class Engine:
             self.view.arrivals.append(self.clock.now_ps)
         route = self.router.route(job, self.view)
         if isinstance(route, Reject):
-            if self.changes.loading.specs:
+            if self.changes.may_come_up:
                 self.changes.stranded.append(job)
                 return
             self.finish(job, "failed" if job.epoch else "rejected", route.reason)
