@@ -25,10 +25,12 @@ from experiments.exegpt_world import (
     TASKS,
     Point,
     Server,
+    Truncated,
     baseline,
     best_within,
     bounds_s,
     followed,
+    kept,
     planned,
 )  # fmt: skip
 from experiments.plots.style import RUN_COLOURS, Drawing, save, styled
@@ -49,14 +51,24 @@ without queueing, of answers as long as the 99th percentile (at most 5 % shorter
 of FasterTransformer's latencies over its batch sizes with the widest TP, as in the paper. Baselines are one instance
 on all GPUs, of the best of a few shapes and batch sizes under each bound: FasterTransformer (requests leave with their
 own last token, which the original did not do), and vLLM's iteration-level scheduler, the paper's ORCA. ExeGPT is
-planned with other requests than are served, and then run in the engine; where its latency is above the bound there,
-the note says so.
+planned with other requests than are served, and then run in the engine. Where its latency there is above the bound, it
+is planned again for a tighter one, so that all that is compared keeps the bound in the engine; notes have the plan's
+own figures.
+
+A pipeline with few prompts a pass does worse in the engine than planned: the latency model has prompts of mean length,
+as the paper's has, but stages wait for the longest. With prompts of one length RRA serves what was planned (the row
+says how much). Points are not monotone along the number of GPUs with TP, where groups and single GPUs mix in one
+pipeline, and hardly ever elsewhere.
 
 Ours beyond the paper: the decode batch follows Little's law. The paper's rule takes the requests in flight for like
 those that arrive, but long ones stay longer, so it plans for fewer than there are; its own WAA rows in Table 6 fit
 Little's law (34 in flight) and not the rule (128). WAA decodes in one micro-batch a stage, and N_D is searched up to
 the 99th percentile only: beyond both there is nothing to gain in either figure. WAA-M jumps where a GPU changes pools,
 so that branch and bound may miss its best.
+
+Missed: at Table 6's 11.5 s WAA is still the better one here, RRA only without a bound. The highest gain is 8.5 on GPT-3
+101B, not 15.2 on 175B under the tightest bound, while the mean gains of large models are above the printed ones.
+Iteration-level scheduling, in an engine with the same step times, serves more than ExeGPT under 6 of 32 bounds.
 
 ![Throughput under latency bounds](study_exegpt_bounds.png)
 
@@ -66,8 +78,7 @@ TABLE_6 = ((3.1, "WAA", 22.41), (5.9, "WAA", 23.76), (11.5, "RRA", 25.23), (inf,
 """Bound, schedule and requests/s: OPT-13B, task S, four A40s."""
 SYSTEM_NAMES = ("FasterTransformer", "vLLM (ORCA)", "ExeGPT RRA", "ExeGPT WAA")
 APART: tuple[Kind, ...] = ("waa-c", "waa-m")
-MISSED = 1.05
-"""A latency in the engine above so many times the bound is told."""
+OURS: dict[str, tuple[Kind, ...]] = {"ExeGPT RRA": ("rra",), "ExeGPT WAA": APART}
 
 
 class Size(NamedTuple):
@@ -99,21 +110,16 @@ def arithmetic() -> Iterator[Comparison]:
 def switch(log: Log) -> Iterator[Comparison]:
     """Which schedule is best as the bound relaxes."""
     for bound_s, kind, rate in TABLE_6:
-        schedule = planned(OPT, TASKS["S"], bound_s, ("rra", *APART))
+        found = kept(OPT, TASKS["S"], bound_s, ("rra", *APART))
         what = f"opt-13b, S, {_bound(bound_s)}: throughput ({kind} in the paper)"
-        point = None if schedule is None else followed(OPT, TASKS["S"], schedule)
-        log.say(f"{what}: {schedule}")
-        note = "no schedule keeps it" if schedule is None or point is None else _noted(schedule, point, bound_s)
-        yield row("Table 6", what, rate, None if point is None else point.rate_per_s, "1/s", note=note)
+        log.say(f"{what}: {found and found[0]}")
+        schedule, served = found or (None, None)
+        note = "no schedule keeps it" if schedule is None else str(schedule)
+        yield row("Table 6", what, rate, served and served.rate_per_s, "1/s", note=note)
 
 
 def _bound(bound_s: float) -> str:
     return "no bound" if bound_s == inf else f"within {bound_s:.3g} s"
-
-
-def _noted(schedule: Schedule, point: Point, bound_s: float) -> str:
-    off = f"; {point.latency_s:.3g} s in the engine" if point.latency_s > MISSED * bound_s else ""
-    return f"{schedule}{off}"
 
 
 # ---------------------------------------------------------------- throughput within bounds
@@ -127,6 +133,7 @@ class Cell(NamedTuple):
     place: int
     bound_s: float
     points: Mapping[str, Point | None]
+    plans: Mapping[str, Schedule]
 
     @property
     def best(self) -> Point | None:
@@ -147,12 +154,12 @@ def cells(size: Size, log: Log) -> Iterator[Cell]:
             }
             for place, bound_s in enumerate(bounds_s(curves["FasterTransformer"])):
                 points = {label: best_within(curve, bound_s) for label, curve in curves.items()}
-                kinds: dict[str, Sequence[Kind]] = {"ExeGPT RRA": ("rra",), "ExeGPT WAA": APART}
-                found = {label: planned(server, task, bound_s, kind) for label, kind in kinds.items()}
-                points |= {label: None if one is None else followed(server, task, one) for label, one in found.items()}
-                chosen = max(found, key=lambda label: 0.0 if (s := found[label]) is None else s.perf.throughput_per_s)
-                log.say(f"{server.name}, {task.name}, {_bound(bound_s)}: {found[chosen]}")
-                yield Cell(server.name, task.name, place, bound_s, points | {"ExeGPT": points[chosen]})
+                found = {label: kept(server, task, bound_s, kinds) for label, kinds in OURS.items()}
+                plans = {label: one[0] for label, one in found.items() if one is not None}
+                points |= {label: one and one[1] for label, one in found.items()}
+                chosen = max(plans, key=lambda label: plans[label].perf.throughput_per_s, default=SYSTEM_NAMES[2])
+                log.say(f"{server.name}, {task.name}, {_bound(bound_s)}: {plans.get(chosen)}")
+                yield Cell(server.name, task.name, place, bound_s, points | {"ExeGPT": points[chosen]}, plans)
 
 
 def within_bounds(found: Sequence[Cell]) -> Iterator[Comparison]:
@@ -164,7 +171,6 @@ def within_bounds(found: Sequence[Cell]) -> Iterator[Comparison]:
             note = f"{best.rate_per_s:.3g} and {other.rate_per_s:.3g} requests/s" if best and other else ""
             if best is not None:
                 note += f"; {best.setting}"
-                note += f"; {best.latency_s:.3g} s in the engine" if best.latency_s > MISSED * cell.bound_s else ""
             yield row(where, what, None, cell.gain(over), "x", kind="direction", text="bars only", note=note)
 
 
@@ -186,25 +192,60 @@ def means(found: Sequence[Cell]) -> Iterator[Comparison]:
             yield row(where, what, printed, figure(gains), "x", note=f"{len(gains)} scenarios")
 
 
+def foreseen(found: Sequence[Cell]) -> Iterator[Comparison]:
+    """What the engine serves of what was planned."""
+    for label in OURS:
+        shares = [
+            100 * point.rate_per_s / cell.plans[label].perf.throughput_per_s
+            for cell in found
+            if (point := cell.points[label]) is not None
+        ]
+        if shares:
+            yield row(
+                "-", f"{label}: throughput in the engine, of what is planned", None, _mean(shares), "%",
+                kind="direction", text="not printed", note=f"{min(shares):.0f} to {max(shares):.0f} % in {len(shares)}",
+            )  # fmt: skip
+
+
+def with_equal_prompts() -> Iterator[Comparison]:
+    """The same of RRA without a bound, if no prompt is longer than another."""
+    for server in (OPT, GPT_175B):
+        task = TASKS["S"]._replace(input=Truncated(256, 1e-3, 512))
+        found = kept(server, task, inf, ("rra",))
+        if found is not None:
+            share = 100 * found[1].rate_per_s / found[0].perf.throughput_per_s
+            yield row(
+                "-", f"ExeGPT RRA, {server.name}, prompts of 256: throughput in the engine, of what is planned", None,
+                share, "%", kind="direction", text="not printed", note=str(found[0]),
+            )  # fmt: skip
+
+
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
 def equal_throughput(server: Server, batches: Sequence[int]) -> Iterator[Comparison]:
-    """The abstract's 7.8 s against 47 s: latency at FasterTransformer's highest throughput, task unknown."""
+    """The abstract's 7.8 s against 47 s, task unknown: latency where FasterTransformer has nearly all it can serve."""
     for name in ("S", "T"):
-        theirs = max(baseline(server, TASKS[name], "fastertransformer", batches))
-        low, high = 0.0, theirs.latency_s * 2
+        points = list(baseline(server, TASKS[name], "fastertransformer", batches))
+        enough = 0.95 * max(points).rate_per_s
+        theirs = min((one for one in points if one.rate_per_s >= enough), key=lambda one: one.latency_s)
+        low, high, ours = 0.0, theirs.latency_s * 2, None
         while high - low > 0.01 * high:  # the lowest bound at which we plan for as much
             middle = (low + high) / 2
             schedule = planned(server, TASKS[name], middle, ("rra", *APART))
-            enough = schedule is not None and schedule.perf.throughput_per_s >= theirs.rate_per_s
-            low, high = (low, middle) if enough else (middle, high)
-        yield row(
-            "Abstract", f"{server.name}, {name}: latency at equal throughput, theirs over ExeGPT's", 6.0,
-            theirs.latency_s / high, "x",
-            note=f"{theirs.latency_s:.3g} s and {high:.3g} s at {theirs.rate_per_s:.3g}/s",
-        )  # fmt: skip
+            if schedule is not None and schedule.perf.throughput_per_s >= theirs.rate_per_s:
+                high, ours = middle, schedule
+            else:
+                low = middle
+        if ours is not None:
+            point = followed(server, TASKS[name], ours)
+            yield row(
+                "Abstract", f"{server.name}, {name}: latency at equal throughput, theirs over ExeGPT's", 6.0,
+                theirs.latency_s / point.latency_s, "x",
+                note=f"{theirs.latency_s:.3g} s at {theirs.rate_per_s:.3g}/s, {point.latency_s:.3g} s at "
+                f"{point.rate_per_s:.3g}/s; {ours}",
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------- the search
@@ -228,21 +269,27 @@ def searches(servers: Sequence[Server]) -> Iterator[Comparison]:
             )  # fmt: skip
 
 
+VARIABLES = ("B_E", "N_D", "GPUs with TP")
+
+
 def monotone(server: Server) -> Iterator[Comparison]:
     """Points whose figures do not fall by more than 5 % from those before them, along any variable (RRA)."""
     place = server.problem(TASKS["S"], SYSTEMS["exegpt"]().limits)
-    kept: dict[str, list[bool]] = {"throughput": [], "latency": []}
-    for space in ExeGPT(kinds=("rra",)).spaces(place):
-        for figure, table in zip(kept, _tables(space), strict=True):
-            good = np.ones(table.shape, dtype=bool)
-            for axis in (axis for axis in range(3) if table.shape[axis] > 1):
+    spaces = list(ExeGPT(kinds=("rra",)).spaces(place))
+    for number, (figure, printed) in enumerate((("throughput", 97.0), ("latency", 96.0))):
+        kept: list[bool] = []
+        falls: dict[str, list[bool]] = {name: [] for name in VARIABLES}
+        for table in (_tables(space)[number] for space in spaces):
+            good, known = np.ones(table.shape, dtype=bool), np.isfinite(table)
+            for axis, name in enumerate(VARIABLES):
                 before, after = (np.delete(table, at, axis=axis) for at in (-1, 0))
-                falls = after < 0.95 * before
-                good &= ~np.insert(falls, 0, False, axis=axis)
-            kept[figure] += good[np.isfinite(table)].tolist()
-    for figure, printed in (("throughput", 97.0), ("latency", 96.0)):
+                falling = after < 0.95 * before
+                falls[name] += falling[np.isfinite(after)].tolist()
+                good &= ~np.insert(falling, 0, False, axis=axis)
+            kept += good[known].tolist()
         what = f"{server.name}, S, RRA: points with monotone {figure}, to 5 %"
-        yield row("Table 5", what, printed, 100 * float(np.mean(kept[figure])), "%")
+        note = "steps that fall: " + ", ".join(f"{name} {np.mean(found):.1%}" for name, found in falls.items())
+        yield row("Table 5", what, printed, 100 * float(np.mean(kept)), "%", note=note)
 
 
 def _tables(space: Space) -> tuple[np.ndarray, np.ndarray]:
@@ -293,7 +340,9 @@ def _rows(cell: Cell) -> Iterator[dict[str, object]]:
 def study(size: Size, log: Log) -> tuple[list[Comparison], list[Cell]]:
     found = list(cells(size, log))
     servers = [server for server, _ in size.runs]
-    rows = [*arithmetic(), *switch(log), *means(found)]
+    rows = [*arithmetic(), *switch(log), *means(found), *foreseen(found)]
+    if GPT_175B in servers:
+        rows += with_equal_prompts()
     if GPT_39B in servers:
         rows += [*equal_throughput(GPT_39B, size.batches), *monotone(GPT_39B)]
     return [*rows, *searches([OPT]), *within_bounds(found)], found

@@ -223,11 +223,11 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "alpaserve": lambda: replace(SYSTEMS["alpaserve"](), planner=Shared()),
     "alpaserve batches": lambda: replace(SYSTEMS["alpaserve"](batch=None), planner=Shared()),
     "alpaserve two a batch": lambda: replace(SYSTEMS["alpaserve"](batch=2), planner=Shared()),
-    "vllm v1, fleeing": lambda: replace(SYSTEMS["vllm"](replicas=4, tp=1), rescheduler=Fleeing),
-    "sarathi-serve, fleeing": lambda: replace(
+    "vllm v1 fleeing": lambda: replace(SYSTEMS["vllm"](replicas=4, tp=1), rescheduler=Fleeing),
+    "sarathi-serve fleeing": lambda: replace(
         SYSTEMS["sarathi-serve"](token_budget=64, replicas=4, tp=1), rescheduler=Fleeing
     ),
-    "vllm v0, fleeing": lambda: replace(SYSTEMS["vllm"](mode="v0", replicas=4, tp=1), rescheduler=Fleeing),
+    "vllm v0 fleeing": lambda: replace(SYSTEMS["vllm"](mode="v0", replicas=4, tp=1), rescheduler=Fleeing),
     "helix": lambda: over_nodes(),
     "helix random": lambda: over_nodes(routing="random"),
     "helix shortest-queue, one prompt a batch": lambda: over_nodes(routing="shortest-queue", max_prompts=1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from math import ceil, inf
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,7 @@ from sim import Cluster, ConfigError, Limits, Problem, Workload
 from sim.cost import Roofline, seconds
 from sim.model import model
 from sim.planners.exegpt import ExeGPT, Found, Perf, Tensor, Traffic, branch_and_bound, exhaustive
-from sim.planners.exegpt.layout import groups, pipeline, shared, spread
-from sim.planners.exegpt.lengths import latency_s
+from sim.planners.exegpt.layout import groups
 from sim.planners.exegpt.schedule import Schedule, World, encode_gpus, round_robin, workload_aware
 from sim.planners.exegpt.timing import Timing
 from sim.types import InfeasibleError, Stage, Work
@@ -129,72 +129,7 @@ def test_tolerance_finds_a_peak_behind_a_dip() -> None:
     assert branch_and_bound(price, (5,), -1.0, 0.05) == Found(None, Perf(0.0, inf), 2, 5, 0.0)
 
 
-# ------------------------------------------------------------ lengths
-
-
-def test_table_6_a_request_stays_for_whole_phases() -> None:
-    """Four A40s, OPT-13B, 63 tokens: the printed latencies follow from batch, rate and phase (within 1 %)."""
-    assert latency_s(63, 7, 49 / 26.15) == pytest.approx(16.87, rel=0.01)
-    assert latency_s(63, 13, 52 / 25.23) == pytest.approx(10.23, rel=0.01)
-
-
-def test_ends_and_batches_by_hand() -> None:
-    """Answers of 3 and 4 tokens: 2 and 3 iterations. In phases of two: one phase, and two."""
-    traffic = Traffic((10, 20), (2, 3))
-    assert traffic.phases(2) == 1.5
-    assert traffic.ending(2).tolist() == [0.25, 0.5]  # the longer one's second phase ends with its first iteration
-    assert traffic.batch(4, 2, "littles_law") == (6.0, 4 * 2.5 / 2)
-    begin, mean = traffic.batch(4, 2, "paper")
-    assert begin == 4 / 0.75
-    assert mean == pytest.approx(begin * (1 + 0.75) / 2)
-    assert traffic.context_tokens == (2 * 10 + 3 + 3 * 20 + 6) / 5
-
-
-@given(iterations=st.lists(st.integers(1, 60), min_size=1, max_size=40), n=st.integers(1, 70), batch=st.integers(1, 30))
-def test_littles_law_is_what_phase_after_phase_gives(iterations: list[int], n: int, batch: int) -> None:
-    """The mean number there, phase by phase and iteration by iteration; the paper's rule never says less."""
-    traffic = Traffic((1,) * len(iterations), tuple(iterations))
-    begin, mean = traffic.batch(batch, n, "littles_law")
-    held = [sum(one > n * phase + at for one in iterations for phase in range(60)) for at in range(n)]
-    assert begin == pytest.approx(batch * held[0] / len(iterations))
-    assert mean == pytest.approx(batch * sum(held) / n / len(iterations))
-    assert traffic.ending(n).sum() == pytest.approx(np.mean([1 / ceil(one / n) for one in iterations]))
-    assert traffic.batch(batch, n, "paper")[0] <= begin * (1 + 1e-9)
-
-
-# ------------------------------------------------------------ layout
-
-
-@pytest.mark.parametrize(("joined", "stages"), [(0, 6), (2, 5), (4, 4), (6, 3)])
-def test_partial_tp_has_a_stage_for_each_group_and_each_other_gpu(joined: int, stages: int) -> None:
-    found = groups([f"g{number}" for number in range(6)], Tensor(2, joined))
-    assert len(found) == stages == joined // 2 + 6 - joined
-    assert [gpu for group in found for gpu in group] == [f"g{number}" for number in range(6)]
-    one = pipeline(model("opt-13b"), "x", "mixed", found, lambda tp: 1.5 if tp == 2 else 1.0)
-    counts = [stage.num_layers for stage in one.stages]
-    assert sum(counts) == 40
-    wide, single = counts[: joined // 2], counts[joined // 2 :]
-    assert all(a / 1.5 == pytest.approx(b, abs=1.1) for a in wide for b in single)
-
-
-@given(layers=st.integers(1, 96), speeds=st.lists(st.floats(0.1, 10), min_size=1, max_size=12))
-def test_every_layer_is_somewhere_and_no_stage_is_empty(layers: int, speeds: list[float]) -> None:
-    used = speeds[:layers]
-    found = spread(layers, used)
-    assert sum(found) == layers
-    assert min(found) >= 1
-
-
-def test_equal_stages_have_equal_layers_and_idle_gpus_none() -> None:
-    assert spread(40, [1.0] * 4) == [10] * 4
-    assert spread(10, [1.0] * 4) == [3, 3, 2, 2]
-    assert len(pipeline(TINY, "x", "mixed", (("a",), ("b",), ("c",)), lambda tp: 1.0).stages) == 2
-
-
-def test_groups_are_in_the_decode_pool_first() -> None:
-    assert shared(Tensor(2, 2), 2, 2) == (Tensor(2, 0), Tensor(2, 2))
-    assert shared(Tensor(2, 4), 1, 3) == (Tensor(2, 0), Tensor(2, 2))
-    assert shared(Tensor(4, 8), 4, 4) == (Tensor(4, 4), Tensor(4, 4))
+# ------------------------------------------------------------ what a point gives
 
 
 def test_e_each_pool_of_waa_holds_the_whole_model() -> None:
@@ -204,9 +139,6 @@ def test_e_each_pool_of_waa_holds_the_whole_model() -> None:
         for one in plan.replicas:
             assert (one.stages[0].first_layer, one.stages[-1].end_layer) == (0, 40)
             assert all(a.end_layer == b.first_layer for a, b in pairwise(one.stages))
-
-
-# ------------------------------------------------------------ what a point gives
 
 
 def toy(cost: ToyCost, means: tuple[tuple[int, int], ...] = ((100, 9),), gpus: int = 1) -> World:
@@ -263,6 +195,30 @@ def test_the_line_between_machines_sets_the_pace() -> None:
     assert line_s > 0.014
     assert schedule.perf.throughput_per_s == pytest.approx(4 / line_s)
     assert schedule.perf.latency_s == pytest.approx(0.014 + line_s + 8 * 0.01 + 8e-5 * ceil(schedule.decode_batch))
+
+
+def test_micro_batches_follow_each_other_through_the_slowest_stage() -> None:
+    """Stages of two layers and one: two micro-batches take twice the first, which is more than the way through both."""
+    world = toy(PLAIN, gpus=3)
+    problem_ = replace(world.timing.problem, model=replace(TINY, num_layers=3))
+    timing = Timing(problem_, 100, world.traffic.context_tokens, 8)
+    schedule = workload_aware(replace(world, timing=timing), "waa-c", 1, 2, Tensor(1, 0), 1)
+    encode, decode = schedule.plan.replicas
+    assert [stage.num_layers for stage in decode.stages] == [2, 1]
+    micro_s = 2 / 3 * (0.01 + 1e-5 * ceil(schedule.decode_batch / 2))
+    _, over_s = timing.hand_over_s(encode.gpus, decode.gpus, 1)
+    assert schedule.perf.latency_s == pytest.approx(0.011 + over_s + 8 * 2 * micro_s)
+
+
+@pytest.mark.parametrize(("blocks", "fits"), [(93, True), (92, False)])
+def test_the_prefill_pool_has_room_for_a_batch_in_each_stage_and_one_more(blocks: int, fits: bool) -> None:
+    """Two stages, batches of four prompts, seven blocks each, a tenth to spare: 3 x 4 x 7 x 1.1 = 92.4."""
+    world = toy(PLAIN, gpus=3)
+    limits = replace(world.timing.problem.limits, num_kv_blocks=blocks)
+    timing = Timing(replace(world.timing.problem, limits=limits), 100, world.traffic.context_tokens, 8)
+    schedule = workload_aware(replace(world, timing=timing), "waa-c", 4, 1, Tensor(1, 0), 2)
+    assert len(schedule.plan.replicas[0].stages) == 2
+    assert (schedule.perf.latency_s < inf) == fits
 
 
 def test_a_full_decode_pool_sets_the_pace() -> None:
@@ -380,7 +336,9 @@ def test_a_bound_nothing_keeps_names_the_lowest_latency() -> None:
 
 
 def test_no_memory_is_named() -> None:
-    with pytest.raises(InfeasibleError, match=r"no schedule of opt-13b on 1 GPUs fits their memory"):
+    with pytest.raises(
+        InfeasibleError, match=r"no schedule of opt-13b on 1 GPUs fits their memory and max_num_seqs \(512\)"
+    ):
         ExeGPT(gpus=1).schedule(server(gpus=1, gpu_memory_utilization=0.5))
 
 
@@ -388,13 +346,15 @@ def test_no_memory_is_named() -> None:
     ("settings", "message"),
     [
         ({"gpus": 9}, "system.gpus is 9; the cluster has 4"),
-        ({"tp": 3}, "no schedule has the degree"),
-        ({"tp": 2, "tp_gpus": 3}, "no schedule has the degree"),
+        ({"tp": 3}, "system.tp is 3; opt-13b on 4 GPUs has 1, 2, 4"),
+        ({"tp": 2, "tp_gpus": 3}, r"system.tp_gpus is 3; it must be whole groups of tp \(2\), at most 4 GPUs"),
+        ({"tp_gpus": 3}, r"system.tp_gpus is 3; it must be whole groups of tp \(2 or more\)"),
+        ({"kinds": ("waa-c",), "gpus": 1}, "system.schedule is waa-c; two pools take two GPUs, there is 1"),
     ],
 )
-def test_wrong_settings_are_named(settings: dict[str, int], message: str) -> None:
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ExeGPT(**settings).schedule(server())  # type: ignore[arg-type]
+        ExeGPT(**settings).schedule(server())
 
 
 def test_gpus_of_two_types_are_named() -> None:

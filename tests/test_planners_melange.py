@@ -16,7 +16,7 @@ from scipy.optimize import OptimizeResult
 
 from experiments.melange_world import ALLOCATIONS, PRICES, problem
 from experiments.study_melange import toy
-from sim import Cluster, ConfigError, Limits, Problem, Workload
+from sim import SYSTEMS, Cluster, ConfigError, Limits, Problem, Workload
 from sim.planners.melange import (
     Bucket,
     ClosedForm,
@@ -241,6 +241,12 @@ def test_it_rents_the_cheapest_of_the_clusters_gpus() -> None:
     )
 
 
+def test_it_plans_for_more_than_the_rate() -> None:
+    where = problem(0.12, Workload(rate_per_s=4.0, lengths=((200, 200), (20, 20))), {"A100": 2})
+    rates = SYSTEMS["melange"](overprovision=0.5).planner.solve(where).rates  # type: ignore[attr-defined]
+    assert rates == {(25, 25): 3.0, (250, 250): 3.0}
+
+
 def test_it_says_what_binds() -> None:
     where = problem(0.12, Workload(rate_per_s=8.0, lengths=((200, 200),)), {"L4": 2, "A10G": 2, "A100": 2})
     text = "\n".join(Melange().explain(where))
@@ -284,6 +290,23 @@ def test_what_cannot_be_done_is_said(bound_s: float, rate_per_s: float, pattern:
     where = problem(bound_s, Workload(rate_per_s=rate_per_s, lengths=((200, 200),)), {"L4": 2, "A10G": 2})
     with pytest.raises(InfeasibleError, match=pattern):
         Melange().plan(where)
+
+
+@pytest.mark.parametrize(
+    ("tp", "layers", "pattern"),
+    [
+        (3, 32, r"no machine of the cluster has room for llama-2-7b with system.tp 3; .*, or leave tp out"),
+        (
+            None,
+            320,
+            r"no machine of the cluster has room for llama-2-7b; take larger GPUs, or more of them in a machine$",
+        ),
+    ],
+)
+def test_a_model_that_fits_nowhere_is_named(tp: int | None, layers: int, pattern: str) -> None:
+    where = problem(0.5, Workload(rate_per_s=0.5, lengths=((200, 200),)), {"L4": 2})
+    with pytest.raises(InfeasibleError, match=pattern):
+        Melange(tp=tp).plan(replace(where, model=replace(where.model, num_layers=layers)))
 
 
 def test_prices_must_be_known() -> None:

@@ -8,18 +8,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import study_exegpt
+from experiments import exegpt_world, study_exegpt
 from experiments.exegpt_world import (
     GPT_39B,
     GPT_101B,
     GPT_175B,
+    OPT,
     TASKS,
     Point,
     best_within,
     bounds_s,
     measured,
 )
-from experiments.study_exegpt import Cell, arithmetic, means
+from experiments.study_exegpt import Cell, arithmetic, foreseen, means
 from sim import SYSTEMS
 from tests.toys import ToyCost, cluster, problem, request, run, with_limits
 
@@ -65,10 +66,38 @@ def test_bounds_and_what_keeps_them() -> None:
 
 def test_gains_are_of_scenarios_that_both_serve() -> None:
     both = {"ExeGPT": Point(6.0, 1.0, ""), "FasterTransformer": Point(2.0, 1.0, ""), "vLLM (ORCA)": None}
-    cells = [Cell("opt-13b", "S", 0, 1.0, both), Cell("opt-13b", "S", 1, 1.0, {**both, "ExeGPT": None})]
+    cells = [Cell("opt-13b", "S", 0, 1.0, both, {}), Cell("opt-13b", "S", 1, 1.0, {**both, "ExeGPT": None}, {})]
     assert [cell.gain("FasterTransformer") for cell in cells] == [3.0, None]
     assert cells[0].gain("vLLM (ORCA)") is None
     assert [one.ours for one in means(cells) if one.where == "Abstract"] == [3.0, 3.0]
+
+
+def test_what_takes_longer_than_the_bound_is_planned_for_a_tighter_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A world where everything takes 1.2 times what is planned, and plans keep their bound exactly."""
+    aims: list[float] = []
+
+    def planned(server: object, task: object, bound_s: float, kinds: object) -> float | None:
+        aims.append(bound_s)
+        return None if bound_s < 1 else bound_s
+
+    monkeypatch.setattr(exegpt_world, "planned", planned)
+    monkeypatch.setattr(exegpt_world, "followed", lambda server, task, plan: Point(5.0, 1.2 * plan, ""))
+    assert exegpt_world.kept(GPT_39B, TASKS["S"], 10.0, ("rra",)) == (
+        pytest.approx(0.98 * 10 / 1.2), Point(5.0, pytest.approx(9.8), ""),
+    )  # fmt: skip
+    assert aims == pytest.approx([10, 9.8 / 1.2])
+    assert exegpt_world.kept(GPT_39B, TASKS["S"], 1.1, ("rra",)) is None
+
+
+def test_what_was_foreseen_is_the_engines_share_of_the_plan() -> None:
+    plan = exegpt_world.planned(OPT, TASKS["S"], 10.0, ("rra",))
+    assert plan is not None
+    half = Point(plan.perf.throughput_per_s / 2, 1.0, "")
+    cells = [
+        Cell("opt-13b", "S", 0, 1.0, {"ExeGPT RRA": half, "ExeGPT WAA": None}, {"ExeGPT RRA": plan}),
+        Cell("opt-13b", "S", 1, 1.0, {"ExeGPT RRA": None, "ExeGPT WAA": None}, {}),
+    ]
+    assert [(one.what.split(":")[0], one.ours) for one in foreseen(cells)] == [("ExeGPT RRA", pytest.approx(50))]
 
 
 @pytest.mark.slow

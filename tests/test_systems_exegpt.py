@@ -187,6 +187,17 @@ def test_a_full_decode_pool_holds_the_prefill_pool_back() -> None:
     assert (result.columns["outcome"] == "completed").all()
 
 
+def test_the_decode_pool_lets_in_no_more_than_planned() -> None:
+    """40 blocks: five prompts of seven would fit, but not what they grow to and the band."""
+    requests = [request(number, output_tokens=10) for number in range(30)]
+    spy, fills = spied(with_limits(SYSTEMS["exegpt"](**APART), num_kv_blocks=40))
+    result = run(spy, requests, place(2), step_by_step=True)
+    planned = spy.planner.last(("waa-c",)).most_decodes  # type: ignore[attr-defined]
+    assert planned == 4
+    assert max(len(fill.decodes) for fill in fills) == planned
+    assert (result.columns["outcome"] == "completed").all()
+
+
 def test_micro_batches_share_the_decodes() -> None:
     """Two stages, two micro-batches: never more than half of the decodes in one, and everybody has a turn."""
     requests = [request(number, output_tokens=30) for number in range(9)]
@@ -254,6 +265,11 @@ def test_g_equal_seeds_give_equal_bytes() -> None:
         ({"latency_bound_s": 0.0}, "system.latency_bound_s is 0.0; it must be a number > 0"),
         ({"band": 1.0}, r"system.band is 1.0; it must be in \[0, 1\)"),
         ({"tolerance": -0.1}, r"system.tolerance is -0.1; it must be in \[0, 1\)"),
+        (
+            {"schedule": "waa-c", "decode_iterations": 4},
+            "system.decode_iterations is for rra; with schedule waa-c leave",
+        ),
+        ({"schedule": "rra", "micro_batches": 4}, "system.micro_batches is for waa-c, waa-m; with schedule rra leave"),
         ({"encode_batch": 0}, "system.encode_batch is 0; it must be a whole number >= 1"),
     ],
 )

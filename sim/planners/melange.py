@@ -315,17 +315,19 @@ class Melange:
     def _replicas(self, problem: Problem) -> dict[str, tuple[Replica, ...]]:
         """Replicas that the cluster has room for, by type, degree where it is above 1, and price where it differs."""
         groups: dict[tuple[str, int, float], list[Replica]] = {}
-        reasons = []
         for kind in dict.fromkeys(node.gpu.name for node in problem.cluster.nodes):
             try:
                 replicas = Colocated(pool=Pool(gpu=kind, tp=self.tp)).plan(problem).replicas
-            except ConfigError as error:
-                reasons.append(str(error))
-                continue
+            except ConfigError:
+                continue  # none of its machines has room
             for one in replicas:
                 groups.setdefault((kind, len(one.gpus), self._usd_per_hour(problem, one)), []).append(one)
         if not groups:
-            raise InfeasibleError(f"melange: {reasons[-1]}")
+            stated, way_out = ("", "") if self.tp is None else (f" with system.tp {self.tp}", ", or leave tp out")
+            raise InfeasibleError(
+                f"melange: no machine of the cluster has room for {problem.model.name}{stated}; take larger GPUs, or "
+                f"more of them in a machine{way_out}"
+            )
         kinds = Counter((kind, tp) for kind, tp, _ in groups)
         named = {}
         for (kind, tp, usd_per_hour), group in groups.items():

@@ -136,6 +136,12 @@ def exegpt(
         tp_gpus=tp_gpus, gpus=gpus,
     )  # fmt: skip
     kinds = KINDS if schedule == "auto" else (schedule,)
+    for name, value, where in (
+        ("decode_iterations", decode_iterations, ("rra",)),
+        ("micro_batches", micro_batches, APART),
+    ):
+        if value is not None and not set(where) & set(kinds):
+            raise ConfigError(f"system.{name} is for {', '.join(where)}; with schedule {schedule} leave it out")
     planner = ExeGPT(
         kinds=kinds, bound_s=latency_bound_s, encode_batch=encode_batch, decode_iterations=decode_iterations,
         micro_batches=micro_batches, tp=tp, tp_gpus=tp_gpus, gpus=gpus, rule=rule, band=band, tolerance=tolerance,

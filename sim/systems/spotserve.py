@@ -2,9 +2,9 @@
 
 Left out, or otherwise than in the paper: a stage begins when its whole pipeline has its weights (there as soon as the
 stage has); weights and KV flow at once and share links (there layer by layer; ``Migration.ready_s`` estimates that
-order and says when to begin); what is generated when a request loses its KV is kept and computed again as a prompt, in
-the baselines too, which there begin anew; each pipeline has a queue of its own, dealt anew at changes only; batches are
-of up to ``engine.max_num_seqs``, whichever the optimiser chose (as in the artifact); who joins is seen when ready.
+order); whoever loses its KV to a loss without notice keeps what it has generated; each pipeline has a queue of its own,
+dealt anew when pipelines come or go; batches are of up to ``engine.max_num_seqs``, whichever the optimiser chose (as in
+the artifact); who joins is seen when ready.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sim.policy import Batch, Limits, Problem, ReplicaView, RequestView, Resched
 from sim.reschedulers import shifted
 from sim.routers import LeastRequests
 from sim.transfers import Whole
-from sim.types import Change, ConfigError, Later, Plan, Reject, Replica, Route, Signal
+from sim.types import Change, ConfigError, Later, Plan, Replica, Signal
 
 Mode = Literal["spotserve", "reparallelization", "rerouting"]
 MODES: tuple[Mode, ...] = ("spotserve", "reparallelization", "rerouting")
@@ -43,28 +43,14 @@ class Resuming(RequestLevel):
         super().fill(batch)
 
 
-class Patient(LeastRequests):
-    """While pipelines are on their way, only full batches' worth of requests go to each of the others."""
-
-    def route(self, request: RequestView, view: View) -> Route | Reject:
-        more_to_come = 0 < len(view.replicas) < len(view.plan.replicas)
-        if more_to_come and all(one.num_waiting + one.num_running >= one.max_num_seqs for one in view.replicas):
-            return Reject("all pipelines that are up are busy")
-        return super().route(request, view)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Next:
-    """Pipelines to change to. ``heirs``: by replica that goes, the new one that goes on with its requests.
-
-    ``again``: of those, the ones that stay where they are, and only have their queues dealt anew.
-    """
+    """Pipelines to change to. ``heirs``: by replica that goes, the one that goes on with its requests."""
 
     replicas: tuple[Replica, ...]
     migration: Migration
     heirs: dict[str, str]
     choice: Configuration
-    again: Collection[str] = ()
 
 
 class Migrate:
@@ -72,8 +58,8 @@ class Migrate:
 
     After a notice the pipelines serve on as long as the migration, as estimated, still ends in time; whoever joins
     meanwhile waits for it. What is fetched comes from GPUs that hold it, doomed ones too, and requests go on where
-    their KV has moved, unless they would be as far sooner if begun anew. ``mode`` and ``without``: see ``spotserve``.
-    If no pipeline fits, what is left of the plan stays.
+    their KV has moved, unless they would be as far sooner if begun anew; the others begin anew. If no pipeline fits,
+    what is left of the plan stays. ``mode`` and ``without``: see ``spotserve``.
     """
 
     def __init__(
@@ -196,33 +182,15 @@ class Migrate:
             return Change(plan=Plan(replicas=left), reason=f"{why}; no pipeline fits", drain=False) if left else None
         if set(found.replicas) == set(view.plan.replicas):
             return None
-        found = self._dealt_anew(view, found)
         self._number += sum(1 for one in found.replicas if one not in self._standing(view))
         return Change(
             plan=Plan(replicas=found.replicas),
             reason=f"{why}: {found.choice}",
             drain=False,
-            loads=found.migration.loads() | {found.heirs[name]: () for name in found.again},
+            loads=found.migration.loads(),
             keep=self._keep(view, found),
-        )
-
-    def _dealt_anew(self, view: View, found: Next) -> Next:
-        """Whoever waits where more than a batch does may go to pipelines that come: theirs starts again in place, with
-        weights and KV (as queues of pipelines that stay cannot be touched); the step under way is lost."""
-        up = {one.name: one for one in view.replicas}
-        standing = self._standing(view)
-        stays = [one for one in found.replicas if one in standing]
-        long = [one for one in stays if one.name in up and up[one.name].num_waiting > up[one.name].max_num_seqs]
-        coming = len(found.replicas) - len(stays)
-        if not long or not coming:
-            return found
-        copies = self._named(view, map(places, long), coming)
-        again = {one.name: copy for one, copy in zip(long, copies, strict=True)}
-        return replace(
-            found,
-            replicas=tuple(again.get(one.name, one) for one in found.replicas),
-            heirs=found.heirs | {name: copy.name for name, copy in again.items()},
-            again=again.keys(),
+            forget=True,
+            requeue=True,
         )
 
     def _standing(self, view: View) -> list[Replica]:
@@ -269,7 +237,7 @@ class Migrate:
         config = best.configuration
         found = groups(view.problem.cluster, here, config.tp)
         tokens = {one.name: sum(map(kv_tokens, decoding(one))) for one in view.replicas}
-        old = sorted(self._standing(view), key=lambda one: (-tokens.get(one.name, 0), not self._stays(one)))
+        old = sorted(self._standing(view), key=lambda one: -tokens.get(one.name, 0))
         inherits = [one.name for one in old[: config.pipelines]]
         inherits += [""] * (config.pipelines - len(inherits))
         if "mapper" in self.without:
@@ -280,13 +248,13 @@ class Migrate:
         known = {places(one): one for one in old}
         new = iter(self._named(view, [one for one in grid if one not in known]))
         replicas = [known.get(one) or next(new) for one in grid]
-        pairs = zip(inherits, replicas, strict=True)
-        heirs = {name: one.name for name, one in pairs if name and places(one) not in known}
+        stay = {"", *(one.name for one in replicas)}
+        heirs = {name: one.name for name, one in zip(inherits, replicas, strict=True) if name not in stay}
         return self._with(view, replicas, config, heirs)
 
-    def _named(self, view: View, grid: Iterable[tuple[tuple[str, ...], ...]], after: int = 0) -> list[Replica]:
+    def _named(self, view: View, grid: Iterable[tuple[tuple[str, ...], ...]]) -> list[Replica]:
         model = view.problem.model
-        return [pipeline(model, f"s{number}", stages) for number, stages in enumerate(grid, self._number + after)]
+        return [pipeline(model, f"s{number}", stages) for number, stages in enumerate(grid, self._number)]
 
     def _with(self, view: View, replicas: Sequence[Replica], config: Configuration, heirs: dict[str, str]) -> Next:
         new = [one for one in replicas if one not in self._standing(view)]
@@ -305,17 +273,19 @@ class Migrate:
     # ------------------------------------------------------------ who goes on
 
     def _keep(self, view: View, found: Next) -> dict[int, str]:
-        """As many as a batch of each pipeline that another inherits, those with most tokens first."""
+        """Those on a pipeline that another inherits whose steps so far took longer than the migration does; if that one
+        is at work itself, as many as it has room for."""
+        if "arranger" in self.without:
+            return {}
+        seconds = found.migration.seconds()
+        up = {one.name: one for one in view.replicas}
         keep: dict[int, str] = {}
-        for one in view.replicas:
-            if one.name in found.again:
-                keep.update({request.id: found.heirs[one.name] for request in decoding(one)})
-            elif one.name in found.heirs and "arranger" not in self.without:
-                times = self._iterations(next(spec for spec in view.plan.replicas if spec.name == one.name))
-                seconds = found.migration.seconds()
-                able = [request for request in decoding(one) if seconds < times.after(request.emitted_tokens)]
-                most = sorted(able, key=lambda request: (-request.emitted_tokens, request.id))[: one.max_num_seqs]
-                keep.update({request.id: found.heirs[one.name] for request in most})
+        for name in [name for name in found.heirs if name in up]:
+            one, heir = up[name], found.heirs[name]
+            times = self._iterations(next(spec for spec in view.plan.replicas if spec.name == name))
+            able = [request for request in decoding(one) if seconds < times.after(request.emitted_tokens)]
+            room = one.max_num_seqs - (up[heir].num_running if heir in up else 0)
+            keep.update({request.id: heir for request in able[: max(0, room)]})
         return keep
 
 
@@ -329,12 +299,21 @@ def places(replica: Replica) -> tuple[tuple[str, ...], ...]:
 
 def decoding(replica: ReplicaView) -> list[RequestView]:
     """Whose KV is whole."""
-    _ = replica.free_blocks  # brings its requests up to now
     return [one for one in (*replica.running, *replica.landing) if one.emitted_tokens and not one.remaining_tokens]
 
 
 def kv_tokens(request: RequestView) -> int:
     return request.input_tokens + request.emitted_tokens
+
+
+def _check(mode: Mode, without: Sequence[Part]) -> None:
+    if mode not in MODES:
+        raise ConfigError(f"system.mode is {mode!r}; spotserve has {', '.join(MODES)}")
+    for part in without:
+        if part not in PARTS:
+            raise ConfigError(f"system.without names {part!r}; it can do without {', '.join(PARTS)}")
+    if without and mode != "spotserve":
+        raise ConfigError(f"system.without is for mode spotserve; {mode} has none of the parts")
 
 
 def spotserve(
@@ -358,13 +337,7 @@ def spotserve(
     ``disk_bytes_per_s``: of each machine, for weights that no GPU gives; null: from its memory. ``without``, of mode
     spotserve: controller (stages and tp stay), mapper (GPUs in order), arranger (at once, and no KV is kept).
     """
-    if mode not in MODES:
-        raise ConfigError(f"system.mode is {mode!r}; spotserve has {', '.join(MODES)}")
-    for part in without:
-        if part not in PARTS:
-            raise ConfigError(f"system.without names {part!r}; it can do without {', '.join(PARTS)}")
-    if without and mode != "spotserve":
-        raise ConfigError(f"system.without is for mode spotserve; {mode} has none of the parts")
+    _check(mode, without)
     counts = {"max_tp": max_tp, "max_batch": max_batch, "least_gpus": least_gpus}
     counts |= {"instances": instances or 1, "padded_layers": padded_layers or 1}
     for name, value in counts.items():
@@ -390,7 +363,7 @@ def spotserve(
         name="spotserve",
         mirrors="SpotServe (ASPLOS 2024), by its artifact",
         planner=planner,
-        router=Patient,
+        router=LeastRequests,
         batcher=lambda role: Resuming(),
         transfer=Whole,
         rescheduler=rescheduler,

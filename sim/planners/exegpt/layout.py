@@ -24,10 +24,13 @@ def alike(problem: Problem, gpus: int | None) -> tuple[str, ...]:
     cluster = problem.cluster
     names = cluster.gpu_ids[:gpus]
     if len(names) < (gpus or 1):
-        raise ConfigError(f"system.gpus is {gpus}; the cluster has {len(names)}")
+        raise ConfigError(f"system.gpus is {gpus}; the cluster has {len(names)}; state fewer, or leave it out for all")
     kinds = sorted({cluster.gpu(name).name for name in names})
     if len(kinds) > 1:
-        raise ConfigError(f"system.schedule: one schedule is for GPUs of one type, the cluster has {', '.join(kinds)}")
+        raise ConfigError(
+            f"system.schedule: one schedule is for GPUs of one type, the cluster has {', '.join(kinds)}; set "
+            "system.gpus to the first of one type, or change cluster.nodes"
+        )
     return names
 
 

@@ -160,10 +160,11 @@ def encode_gpus(world: World, kind: Kind, encode_batch: int) -> int:
     kv_bytes = model.kv_bytes_per_token()
 
     def peak(number: int) -> float:
-        """Where prompts take all the time of ``number`` GPUs, and a decode iteration as long as on one."""
+        """Where prompts take all the time of ``number`` GPUs, a stage each; a decode iteration is as long as on one."""
         turn_s = encode_batch * encode_s / number
         decodes = encode_batch * traffic.decode_iterations * timing.whole_s(1)[1] / turn_s
-        held = weights + 2 * encode_batch * traffic.prompt_tokens * kv_bytes
+        prompts = (number / world.passes(encode_batch, 1) + 1) * encode_batch
+        held = weights + prompts * traffic.prompt_tokens * kv_bytes
         return max(held / number, (weights + decodes * traffic.context_tokens * kv_bytes) / (total - number))
 
     return min(range(1, total), key=peak)
@@ -190,7 +191,8 @@ def workload_aware(
         throughput = min(encode_batch / period_s, batch / (traffic.decode_iterations * token_s))
         way_s = max(way_s, encode.stages * stage_s) + (passes - 1) * stage_s
         wait_s = way_s + over_s + traffic.bounded_iterations * token_s
-        fits = 2 * encode_batch <= world.most(encode, timing.blocks_of(traffic.prompt_tokens)) and batch <= most
+        held = (encode.stages / passes + 1) * encode_batch  # a pass in each stage, and a batch that has not left
+        fits = held <= world.most(encode, timing.blocks_of(traffic.prompt_tokens)) and batch <= most
         perf = Perf(throughput, wait_s if fits else inf)
     return Schedule(
         kind=kind, encode_batch=encode_batch, decode_batch=batch, most_decodes=most, decode_iterations=None,

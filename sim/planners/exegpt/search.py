@@ -95,7 +95,8 @@ class ExeGPT:
         if search.least_s == inf:
             raise InfeasibleError(
                 f"system: no schedule of {problem.model.name} on {len(alike(problem, self.gpus))} GPUs fits their "
-                "memory; use more GPUs, or state a smaller encode_batch"
+                f"memory and max_num_seqs ({problem.limits.max_num_seqs}); use more GPUs, or state a smaller "
+                "encode_batch"
             )
         raise InfeasibleError(
             f"system: the latency bound is {search.bound_s:g} s (latency_bound_s, else slo.e2e_s); the lowest latency "
@@ -121,7 +122,7 @@ class ExeGPT:
             bound_s = self.bound_s or problem.slo.e2e_s or inf
             spaces = list(self.spaces(problem))
             if not spaces:
-                raise ConfigError("system: no schedule has the degree and number of GPUs stated; see tp, tp_gpus, gpus")
+                raise self._nothing(problem)
             searched = tuple(self._searched(space, bound_s, len(spaces) == 1) for space in spaces)
             self._last = key, Search(bound_s=bound_s, searched=searched, wall_s=time.perf_counter() - began_s)
         return self._last[1]
@@ -135,6 +136,23 @@ class ExeGPT:
         else:
             found = branch_and_bound(space.price, space.sides, bound_s, self.tolerance)
         return Searched(space, found, None if found.point is None else space.at(found.point))
+
+    def _nothing(self, problem: Problem) -> ConfigError:
+        """Why what is stated leaves no schedule."""
+        names = alike(problem, self.gpus)
+        known = degrees(problem, names)
+        if self.tp is not None and self.tp not in known:
+            return ConfigError(
+                f"system.tp is {self.tp}; {problem.model.name} on {len(names)} GPUs has {', '.join(map(str, known))}"
+            )
+        if self.tp_gpus is not None and not any(self._joined(g, len(names)) for g in known if self.tp in (None, g)):
+            return ConfigError(
+                f"system.tp_gpus is {self.tp_gpus}; it must be whole groups of tp ({self.tp or '2 or more'}), at most "
+                f"{len(names)} GPUs"
+            )
+        return ConfigError(
+            f"system.schedule is {', '.join(self.kinds)}; two pools take two GPUs, there is {len(names)}"
+        )
 
     # ------------------------------------------------------------ what there is to search
 

@@ -1,7 +1,7 @@
 """What is fetched from where when pipelines change, in which order of layers, and how long it takes.
 
-Source: SpotServe, section 3.4 (algorithm 2). KV goes first; layers follow in an order that keeps what machines hold
-beyond their share under a limit; a stage may start as soon as all of its layers are there.
+Source: SpotServe, section 3.4 (algorithm 2). KV goes first; layers follow in an order that keeps buffers of machines
+under a limit; a stage may start as soon as all of its layers are there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from sim.types import Load, Replica, Stage
 
 OVERHEAD_S = 0.5
 """Of a change beside the bytes, in the artifact."""
+BUFFER_SHARE = 0.1
+"""Of a machine's memory, what may be held beyond what was; ours, as the paper does not say."""
 
 
 class Fetch(NamedTuple):
@@ -85,17 +87,24 @@ class Migration:
         return found
 
     def _change(self, layer: int) -> Counter[str]:
-        """Bytes by which the use of each machine's memory grows when the layer has moved."""
+        """Bytes by which what each machine holds grows when the layer has moved."""
         change: Counter[str] = Counter()
         for fetch in self.by_layer[layer]:
             change[self.cluster.node(fetch.gpu).name] += fetch.size_bytes  # type: ignore[assignment]
         change.subtract(self.freed.get(layer, {}))
         return change
 
+    def _use(self) -> Counter[str]:
+        """Of each machine's buffer at first: below zero by what it will hold more in the end, which has room anyway."""
+        total: Counter[str] = Counter()
+        for layer in self.by_layer:
+            total.update(self._change(layer))
+        return Counter({name: min(0.0, -more) for name, more in total.items()})
+
     def order(self, most_bytes: float) -> list[int]:
-        """First, in order, the layers that leave every machine's use within ``most_bytes``; then the others, next
-        always the one that leaves the largest use smallest."""
-        use: Counter[str] = Counter()
+        """First, in order, the layers that leave every machine's buffer within ``most_bytes``; then the others, next
+        always the one that leaves the fullest buffer emptiest."""
+        use = self._use()
         moved: list[int] = []
         postponed: list[int] = []
         for layer in self.by_layer:
@@ -113,8 +122,8 @@ class Migration:
         return moved
 
     def peak_bytes(self, order: Sequence[int]) -> float:
-        """The most that any machine ever holds beyond what it held."""
-        use: Counter[str] = Counter()
+        """The most that any machine ever holds beyond what it held before and holds in the end."""
+        use = self._use()
         peak = 0.0
         for layer in order:
             use = _sum(use, self._change(layer))
