@@ -220,6 +220,8 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "hexgen-2": lambda: replace(
         SYSTEMS["hexgen-2"](), planner=Split(prefill=Pool(replicas=2, tp=1), decode=Pool(tp=1))
     ),
+    "hexgen": lambda: SYSTEMS["hexgen"](generations=5),
+    "hexgen one request a batch": lambda: SYSTEMS["hexgen"](generations=5, batching="one"),
     "alpaserve": lambda: replace(SYSTEMS["alpaserve"](), planner=Shared()),
     "alpaserve batches": lambda: replace(SYSTEMS["alpaserve"](batch=None), planner=Shared()),
     "alpaserve two a batch": lambda: replace(SYSTEMS["alpaserve"](batch=2), planner=Shared()),

@@ -14,6 +14,7 @@ from sim.systems.distserve import distserve
 from sim.systems.exegpt import exegpt
 from sim.systems.fastertransformer import fastertransformer
 from sim.systems.helix import helix
+from sim.systems.hexgen import hexgen
 from sim.systems.hexgen2 import hexgen2
 from sim.systems.melange import melange
 from sim.systems.orca import orca
@@ -35,6 +36,7 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "tetriinfer": tetriinfer,
     "distserve": distserve,
     "thunderserve": thunderserve,
+    "hexgen": hexgen,
     "hexgen-2": hexgen2,
     "helix": helix,
     "exegpt": exegpt,
