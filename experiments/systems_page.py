@@ -25,6 +25,7 @@ STUDIES: Mapping[str, str] = {
     "distserve": "study_distserve",
     "tetriinfer": "study_tetriinfer",
     "thunderserve": "study_thunderserve",
+    "hexgen": "study_hexgen",
     "hexgen-2": "study_thunderserve",
     "helix": "study_helix",
     "alpaserve": "study_alpaserve",
@@ -32,6 +33,7 @@ STUDIES: Mapping[str, str] = {
     "deja-vu": "study_dejavu",
     "melange": "study_melange",
     "spotserve": "study_spotserve",
+    "metis": "study_metis",
 }
 NEAR = 1.15
 """A ratio within 15 % of the printed one."""

@@ -275,6 +275,8 @@ SETTINGS: dict[str, Callable[[], System]] = {
         "spotserve", mode="reparallelization", max_tp=1, least_gpus=2, need_per_s=1.0, disk_bytes_per_s=1e10
     ),
     "spotserve rerouting": lambda: reserving("spotserve", mode="rerouting", max_tp=1, least_gpus=2, need_per_s=1.0),
+    "metis": lambda: SYSTEMS["metis"](max_tp=1),
+    "metis exhaustive, tp2, 4 bits": lambda: SYSTEMS["metis"](exhaustive=True, max_tp=2, kv_bits=4),
     "splitwise as splitwise-sim": lambda: SYSTEMS["splitwise"](
         prompt_queue_tokens=300, compat="splitwise_sim", **SPLIT
     ),

@@ -161,9 +161,9 @@ def test_the_search_finds_the_best_of_all_partitions() -> None:
         return abs(len(partition) - 3.0), max(map(sum, partition)) - min(map(sum, partition))
 
     start: Partition = ((6, 4, 0),)
-    found = genetic(judge, 200).search(start, np.random.default_rng(0))
+    found = genetic(judge, 200).search([start], np.random.default_rng(0))
     assert judge(found) == (0.0, 1.0)  # 3 + 3 + 4
-    again = genetic(judge, 200).search(start, np.random.default_rng(0))
+    again = genetic(judge, 200).search([start], np.random.default_rng(0))
     assert again == found
 
 
@@ -179,6 +179,14 @@ def test_a_plan_uses_every_gpu_of_regions_that_hold_the_model() -> None:
     fewer = HexGen(generations=40, prices="paper").plan(where, without={"n2.g0", "n2.g1", "n2.g2"})
     assert {where.cluster.node(gpu).region for one in fewer.replicas for gpu in one.gpus} == {"east"}
     assert plan == HexGen(generations=40, prices="paper").plan(where)
+
+
+def test_the_search_begins_with_regions_and_with_machines() -> None:
+    """Four L40S hold the model as well as four A100; two of either do not, and go to the machine before."""
+    world = World(mixed(), HexGen(prices="paper"))
+    assert list(world.by_region([4, 4, 4])) == [(4, 4, 0), (0, 0, 4)]
+    assert list(world.by_machine([4, 4, 4])) == [(4, 0, 0), (0, 4, 0), (0, 0, 4)]
+    assert list(world.by_machine([4, 2, 1])) == [(4, 2, 0)]
 
 
 def test_no_region_that_holds_the_model_is_an_error() -> None:

@@ -17,6 +17,7 @@ from sim.systems.helix import helix
 from sim.systems.hexgen import hexgen
 from sim.systems.hexgen2 import hexgen2
 from sim.systems.melange import melange
+from sim.systems.metis import metis
 from sim.systems.orca import orca
 from sim.systems.sarathi import sarathi
 from sim.systems.sarathi_serve import sarathi_serve
@@ -44,4 +45,5 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "deja-vu": dejavu,
     "melange": melange,
     "spotserve": spotserve,
+    "metis": metis,
 }

@@ -58,15 +58,16 @@ class HexGen:
         """On all GPUs but these. ``InfeasibleError`` if no region holds the model."""
         world = World(problem, self)
         free = [[gpu for gpu in node.gpu_ids if gpu not in without] for node in problem.cluster.nodes]
-        start = tuple(world.start([len(gpus) for gpus in free]))
-        if not start:
+        counts = [len(gpus) for gpus in free]
+        starts = [start for start in (tuple(world.by_region(counts)), tuple(world.by_machine(counts))) if start]
+        if not starts:
             weights_gb = problem.model.weight_bytes(0, problem.model.num_layers) / 1e9
             raise InfeasibleError(
                 f"plan: no region's GPUs hold {problem.model.name} ({weights_gb:.0f} GB); add GPUs, take a smaller "
                 "model or raise gpu_memory_utilization"
             )
         rng = np.random.default_rng(np.random.SeedSequence(problem.seed).spawn(7)[6])
-        best = world.genetic(self.generations).search(start, rng, progress)
+        best = world.genetic(self.generations).search(starts, rng, progress)
         return Plan(replicas=tuple(world.replicas(best, free)))
 
     def explain(self, problem: Problem) -> list[str]:
@@ -96,19 +97,38 @@ class World:
         self.arrivals_s = rng.exponential(1 / workload.rate_per_s, ARRIVALS).cumsum()
         self._servers: dict[Counts, Server] = {}
 
-    def start(self, free: Sequence[int]) -> Iterator[Counts]:
+    def by_region(self, free: Sequence[int]) -> Iterator[Counts]:
         """All GPUs of a region are one replica; regions that cannot hold the model are left out."""
         nodes = self.problem.cluster.nodes
         for region in dict.fromkeys(node.region for node in nodes):
             counts = tuple(count if node.region == region else 0 for count, node in zip(free, nodes, strict=True))
-            if any(counts) and self.enough(counts):
+            if self.valid(counts):
                 yield counts
+
+    def by_machine(self, free: Sequence[int]) -> Iterator[Counts]:
+        """A machine is a replica, with the next ones of its region if it cannot hold the model; what is left over
+        goes to the last."""
+        nodes = self.problem.cluster.nodes
+        for whole in self.by_region(free):
+            groups: list[Counts] = []
+            group = (0,) * len(nodes)
+            for machine, count in enumerate(whole):
+                group = tuple(count if place == machine else n for place, n in enumerate(group))
+                if self.valid(group):
+                    groups.append(group)
+                    group = (0,) * len(nodes)
+            groups[-1] = tuple(map(sum, zip(groups[-1], group, strict=True)))
+            yield from groups
 
     def genetic(self, generations: int) -> Genetic:
         return Genetic(
             region=[str(node.region) for node in self.problem.cluster.nodes], enough=self.enough,
-            valid=lambda counts: self.layouts.best(counts) is not None, judge=self.judge, generations=generations,
+            valid=self.valid, judge=self.judge, generations=generations,
         )  # fmt: skip
+
+    def valid(self, counts: Counts) -> bool:
+        """Whether a layout of these GPUs holds the model."""
+        return self.enough(counts) and self.layouts.best(counts) is not None
 
     def enough(self, counts: Counts) -> bool:
         """Memory for the weights, whatever the layout."""

@@ -38,11 +38,16 @@ class Genetic:
     generations: int = 300
 
     def search(
-        self, start: Partition, rng: np.random.Generator, progress: Callable[[int, float], None] | None = None
+        self,
+        starts: Sequence[Partition],
+        rng: np.random.Generator,
+        progress: Callable[[int, float], None] | None = None,
     ) -> Partition:
+        """The best that comes of these; they must be valid."""
         judge = cache(self.judge)
         first: dict[int, Partition] = {}  # by number of replicas
-        population = [start, *(self.mutated(start, rng) for _ in range(POPULATION - 1))]
+        more = POPULATION - len(starts)
+        population = [*starts, *(self.mutated(starts[turn % len(starts)], rng) for turn in range(more))]
         for generation in range(self.generations):
             counting = generation < COUNTING and generation < self.generations // 2
             fitness = self._by_number if counting else self._by(judge)
@@ -58,8 +63,8 @@ class Genetic:
                 progress(generation, 0.0 if counting else 1 / max(fitness(population[0])[0], 1e-9))
             children = [self._child(population, fitness, rng) for _ in range(OFFSPRING)]
             population = [*population[:ELITE], *children]
-        known = [one for one in dict.fromkeys([*first.values(), *population]) if self._holds(one)]
-        return min(known or [start], key=lambda one: (judge(one), one))
+        known = [one for one in dict.fromkeys([*starts, *first.values(), *population]) if self._holds(one)]
+        return min(known, key=lambda one: (judge(one), one))
 
     def _child(
         self, population: Sequence[Partition], fitness: Callable[[Partition], Fitness], rng: np.random.Generator
