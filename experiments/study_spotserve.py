@@ -257,7 +257,7 @@ def gains(size: Size) -> Iterator[Comparison]:
     for what, printed, found in (("least", 1.34, min(ours)), ("most", 2.43, max(ours))):
         label = f"LLaMA-30B, P99 of Reparallelization over SpotServe's, {what}"
         yield row("Fig. 6", label, printed, found, "x", "measured profile", kind="direction")
-    note = "its one pipeline takes eight instances; with seven nothing serves, and our engine has no queue then"
+    note = "its one pipeline takes eight instances; the trace begins with seven, and a run needs a plan"
     yield row(
         "Fig. 6", "LLaMA-30B, P99 of Rerouting over SpotServe's", None, None, "", text="2.14x to 9.13x", note=note
     )
