@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrate.profile_file import read_profile, shipped_profiles
-from sim.cluster import Cluster, Gpu, Link, Node
+from sim.cluster import Cluster, Link
 from sim.cost import (
     Fitted,
     Grid,
@@ -25,6 +25,7 @@ from sim.cost.pieces import steeper, surface
 from sim.cost.step import Composed
 from sim.model import ModelSpec, model
 from sim.types import ConfigError, Line, Stage, Work
+from tests.abacus import ABACUS, PERFECT, TINY
 
 A100 = Cluster.of([{"gpu": "A100-80G-SXM", "count": 8}])
 
@@ -43,36 +44,6 @@ def test_a_decode_step_reads_the_weights_once_and_the_cache_once_a_sequence() ->
 
 
 # ---------------------------------------------------------------- hand-computed
-
-TINY = ModelSpec(
-    name="tiny",
-    num_layers=2,
-    hidden_size=8,
-    intermediate_size=16,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=4,
-    vocab_size=32,
-    max_position_embeddings=1024,
-    tie_word_embeddings=False,
-    gated_mlp=False,
-    dtype="float16",
-)
-SLOW_GPU = Gpu(
-    name="abacus",
-    memory_bytes=10**9,
-    bandwidth_bytes_per_s=1e9,
-    flops={"float16": 1e9, "float32": 1e9},
-    pcie_bytes_per_s=1e9,
-)
-ABACUS = Cluster(nodes=(Node(name="n0", gpu=SLOW_GPU, count=2),), intra_node=Link(bytes_per_s=1e9, latency_s=1e-6))
-PERFECT = Roofline(
-    compute_efficiency=1.0,
-    memory_efficiency=1.0,
-    attention_compute_efficiency=1.0,
-    attention_memory_efficiency=1.0,
-    overhead_s=1e-3,
-)
 
 
 def test_the_roofline_by_hand() -> None:

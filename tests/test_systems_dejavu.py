@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from calibrate.profile_file import read_profile, shipped_profiles
 from experiments.report import notes
 from sim import SYSTEMS
-from sim.cluster import Cluster, Gpu, Link, Node
+from sim.cluster import Cluster
 from sim.cost import (
     Device,
     Fitted,
@@ -37,6 +37,7 @@ from sim.memory import kv_bytes_available
 from sim.metrics import summarise
 from sim.model import ModelSpec, model
 from sim.types import ConfigError, Line, Slo, Stage, Work
+from tests.abacus import ABACUS, PERFECT, TINY
 from tests.toys import MS, ToyCost, problem, request, run
 
 A100 = Cluster.of([{"gpu": "A100-80G-SXM", "count": 8}])
@@ -66,33 +67,7 @@ def test_one_request_decodes_in_less_time_and_is_prefilled_in_the_same() -> None
 
 # ------------------------------------------------------------ by hand: a byte or a FLOP takes 1,000 ps
 
-SMALL = ModelSpec(
-    name="small",
-    num_layers=2,
-    hidden_size=8,
-    intermediate_size=256,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=4,
-    vocab_size=32,
-    max_position_embeddings=1024,
-    tie_word_embeddings=False,
-    gated_mlp=False,
-    relu_mlp=True,
-    dtype="float16",
-)
-SLOW_GPU = Gpu(
-    name="abacus", memory_bytes=10**9, bandwidth_bytes_per_s=1e9, flops={"float16": 1e9, "float32": 1e9},
-    pcie_bytes_per_s=1e9,
-)  # fmt: skip
-ABACUS = Cluster(nodes=(Node(name="n0", gpu=SLOW_GPU, count=2),), intra_node=Link(bytes_per_s=1e9, latency_s=1e-6))
-PERFECT = Roofline(
-    compute_efficiency=1.0,
-    memory_efficiency=1.0,
-    attention_compute_efficiency=1.0,
-    attention_memory_efficiency=1.0,
-    overhead_s=1e-3,
-)
+SMALL = replace(TINY, name="small", intermediate_size=256, num_key_value_heads=2, relu_mlp=True)
 HALF = Sparsity(attention_density=0.5, mlp_density=0.5, attention_rank=3, mlp_rank=4)
 
 
