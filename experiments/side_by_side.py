@@ -35,7 +35,7 @@ targets (TTFT 2 s, TPOT 0.1 s): `experiments/side_by_side.yaml`. Each system is 
 that rate; those without one take four GPUs a replica, split systems three replicas for prompts and two for decodes.
 Nothing is tuned, so a layout by hand could do better; step times are predicted (`phasewise profiles`), not measured on
 this cluster. It is one question put to all of them, not the one that each paper asked: Melange rents no more than it
-needs, ExeGPT's schedules are for the H100s alone, AlpaServe was made for many models, Deja Vu's sparsity is assumed, and
+needs, ExeGPT's schedules are for the H100s alone, AlpaServe was made for many models, Deja Vu's sparsity is assumed;
 SpotServe, made for machines that go away, runs each batch to its end, so that requests wait for the one before.
 
 The share of requests within both targets, by arrival rate (requests/s); "no plan": its planner says that the cluster
