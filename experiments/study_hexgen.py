@@ -46,9 +46,9 @@ compared at deadlines of 5 to 40, deadlines at half of the slower one's rate. Ma
 0.1 ms, regions 1 Gbit/s and 50 ms. Step times are rooflines. The six GPUs of one region have 144 GB together: by our
 account too little for weights, KV and activations, so they serve nothing. The symmetric plan is the same search with
 one tensor-parallel degree and as many layers for all stages of a replica; what the README calls symmetric it does not
-say. With a replica a machine, which both find, asymmetry has nothing to gain. The seven machines that hold the model have
-1.7 times the memory bandwidth and 1.2 times the FLOP/s of the 16 A100, so the printed 4 times ask for a baseline that
-makes less of its GPUs than ours, tensor-parallel over eight.
+say. With a replica a machine, which both find, asymmetry has nothing to gain. The seven machines that hold the model
+have 1.7 times the memory bandwidth and 1.2 times the FLOP/s of the 16 A100, so the printed 4 times ask for a baseline
+that makes less of its GPUs than ours, tensor-parallel over eight.
 """
 
 
