@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -58,9 +59,19 @@ class Watched:
             self.late_s[request.id] = time.perf_counter() - began_s - request.arrival_s
 
 
+class Executed(NamedTuple):
+    """An execution, and what was noted of it: when requests came, and the state of the machine."""
+
+    result: Result
+    source: Watched
+    reference_s: float | None
+    """Mean seconds of a fixed matrix product between its steps (``calibrate.execute.pace``), if that was watched."""
+    load: float | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RealRun:
-    """One execution, its replay with recorded times (None where the replay went another way), and the load then."""
+    """One execution, its replay with recorded times (None where the replay went another way), and the machine then."""
 
     result: Result
     late_s: Mapping[int, float]
@@ -69,6 +80,8 @@ class RealRun:
     diverged: str | None
     load: float | None
     """Load average of the machine over the last minute, when the run ended."""
+    reference_s: float | None = None
+    """See ``Executed``."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,35 +108,35 @@ def validate(
     """Execute ``repeats`` times, and predict. A worker that dies ends it early; what was done is kept.
 
     ``overhead``: of the steps, fitted to executions of other requests before, between and after those that are
-    compared, since machines do not keep their pace. ``ConfigError`` for what cannot be executed.
+    compared, at the pace that the machine then has (machines do not keep it). ``ConfigError`` for what cannot be
+    executed.
     """
     if setup.events:
         raise ConfigError(f"{setup.scenario.where}: events: real machines have no made-up faults; leave them out")
     others = _others(setup) if overhead else None
-    executed: list[tuple[Result, Watched, float | None]] = []
-    probes: list[StepPair] = []
+    executed: list[Executed] = []
+    probes: list[Probe] = []
     lost, ended = None, []
     source = Watched(setup.requests.source())
     try:
         for number in range(repeats):
-            probes += probe(others, how) if others else ()
+            probes += [probe(others, how)] if others else []
             source = Watched(setup.requests.source())
-            result = _execute(setup, source, how)
-            executed.append((result, source, os.getloadavg()[0] if hasattr(os, "getloadavg") else None))
-            said(f"run {number + 1} of {repeats}: {result.makespan_s:.1f} s, load average {executed[-1][2] or 0:.2f}")
-        probes += probe(others, how) if others else ()
+            executed.append(_execute(setup, source, how, paced=overhead))
+            said(f"run {number + 1} of {repeats}: {_told(executed[-1])}")
+        probes += [probe(others, how)] if others else []
     except ConfigError:
         raise
     except SimulationError as error:
         lost, ended = str(error), source.ended if len(executed) < repeats else []
     if probes:
-        setup = _with_overhead(setup, fitted_overhead(probes), said)
+        setup = _with_overhead(setup, fitted_overhead(at_pace(probes, executed)), said)
     return Validation(
         setup=setup,
         mode=how.mode,
         device=how.device,
         predicted=_simulate(setup, as_executed(setup.system, how.mode)),
-        runs=[_with_replay(setup, *one, how.mode) for one in executed],
+        runs=[_with_replay(setup, one, how.mode) for one in executed],
         lost=lost,
         ended=ended,
     )
@@ -149,13 +162,25 @@ def _simulate(setup: Setup, system: System, hardware: Recorded | None = None) ->
     )  # fmt: skip
 
 
-def _execute(setup: Setup, source: Source, how: Execution) -> Result:
+def _execute(setup: Setup, source: Watched, how: Execution, *, paced: bool) -> Executed:
+    from calibrate.execute.pace import mean_s
     from calibrate.execute.run import execute
 
-    return execute(setup.problem, setup.system, source, how, predictor=setup.predictor, until_s=setup.scenario.until_s)
+    readings: list[float] = []
+    result = execute(
+        setup.problem, setup.system, source, how, predictor=setup.predictor, until_s=setup.scenario.until_s,
+        readings=readings if paced else None,
+    )  # fmt: skip
+    return Executed(result, source, mean_s(readings), os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
 
 
-def _with_replay(setup: Setup, result: Result, source: Watched, load: float | None, mode: str) -> RealRun:
+def _told(run: Executed) -> str:
+    pace = "" if run.reference_s is None else f", reference product {run.reference_s * 1e6:,.0f} us"
+    return f"{run.result.makespan_s:.1f} s, load average {run.load or 0:.2f}{pace}"
+
+
+def _with_replay(setup: Setup, run: Executed, mode: str) -> RealRun:
+    result = run.result
     recorded = Recorded(result, setup.problem.cluster, moves=mode == "wall-clock")
     replayed, diverged = None, None
     try:
@@ -164,11 +189,12 @@ def _with_replay(setup: Setup, result: Result, source: Watched, load: float | No
         diverged = str(error)
     return RealRun(
         result=result,
-        late_s=source.late_s if mode == "wall-clock" else {},
+        late_s=run.source.late_s if mode == "wall-clock" else {},
         pairs=tuple(recorded.pairs),
         replayed=replayed,
         diverged=diverged,
-        load=load,
+        load=run.load,
+        reference_s=run.reference_s,
     )
 
 
@@ -183,15 +209,37 @@ def _others(setup: Setup) -> Setup:
     return resolve(scenario.model_copy(update={"seed": scenario.seed + 1000, "overhead": OverheadSpec()}))
 
 
-def probe(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Sequence[StepPair]:
-    """The steps of an execution, each with what the latency model says of it."""
-    source = Watched(First(setup.requests.source(), count))
-    recorded = Recorded(_execute(setup, source, how), setup.problem.cluster, moves=how.mode == "wall-clock")
+class Probe(NamedTuple):
+    """The steps of an execution that nothing is compared with, and the machine's pace during it."""
+
+    pairs: Sequence[StepPair]
+    reference_s: float | None
+
+
+def probe(setup: Setup, how: Execution, count: int = OVERHEAD_REQUESTS) -> Probe:
+    """Execute the first requests; the steps come with what the latency model says of them."""
+    run = _execute(setup, Watched(First(setup.requests.source(), count)), how, paced=True)
+    recorded = Recorded(run.result, setup.problem.cluster, moves=how.mode == "wall-clock")
     simulate(
         setup.problem, as_recorded(setup.system, recorded, how.mode), First(setup.requests.source(), count),
         predictor=setup.predictor, until_s=setup.scenario.until_s, hardware=recorded,
     )  # fmt: skip
-    return recorded.pairs
+    return Probe(recorded.pairs, run.reference_s)
+
+
+def at_pace(probes: Sequence[Probe], runs: Sequence[Executed]) -> list[StepPair]:
+    """All steps of the probes, as long as they would have taken at the pace of the middle one of the runs.
+
+    The pace is that of a matrix product between the steps; the runs' own steps and requests are not looked at. Too
+    short to be told, it counts as unchanged.
+    """
+    paces = [run.reference_s for run in runs if run.reference_s is not None]
+    now_s = median(paces) if paces else None
+    found: list[StepPair] = []
+    for pairs, then_s in probes:
+        factor = now_s / then_s if now_s is not None and then_s is not None else 1.0
+        found += [pair._replace(measured_s=pair.measured_s * factor) for pair in pairs]
+    return found
 
 
 def _with_overhead(setup: Setup, found: Overhead, said: Callable[[str], None]) -> Setup:

@@ -211,6 +211,7 @@ def summary(found: Validation, tolerance: Mapping[str, float], name: str) -> dic
         "compared": len(in_common(found)),
         "runs": len(found.runs),
         "load_average": [run.load for run in found.runs],
+        "reference_s": [run.reference_s for run in found.runs],
         "busy_share": max((row.busy_s / found.predicted.makespan_s for row in found.predicted.rows.replicas), default=0)
         if found.predicted.makespan_s
         else 0.0,

@@ -365,14 +365,22 @@ def check(collapsed: Result, stepped: Result, requests: list[Request]) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(world=worlds(), requests=traffic())
 def test_collapsing_changes_nothing(name: str, world: dict[str, Any], requests: list[Request]) -> None:
     check(*both_modes(SETTINGS[name], world, requests), requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-@settings(max_examples=15)
+@settings(max_examples=40)
+@given(world=worlds(), requests=traffic())
+def test_collapsing_changes_nothing_in_more_worlds(name: str, world: dict[str, Any], requests: list[Request]) -> None:
+    check(*both_modes(SETTINGS[name], world, requests), requests)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@settings(max_examples=10)
 @given(world=worlds(), requests=traffic(), data=st.data())
 def test_collapsing_changes_nothing_under_faults(
     name: str, world: dict[str, Any], requests: list[Request], data: st.DataObject

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,11 @@ def test_there_are_notebooks() -> None:
     assert [path.name for path in NOTEBOOKS][:1] == ["01_quickstart.ipynb"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def _parameter(path: Path) -> Any:
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if "calibrate" in path.stem else [])
+
+
+@pytest.mark.parametrize("path", map(_parameter, NOTEBOOKS))
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     if "calibrate" in path.stem:
         pytest.importorskip("torch", reason="torch is not installed")

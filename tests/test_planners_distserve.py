@@ -278,6 +278,7 @@ def measured(name: str, slo: Slo, count: int = 8, tensor: tuple[int, ...] = (1, 
     return world(name, count=count, cost=cost, slo=slo, workload=Workload(rate_per_s=1.0, lengths=sharegpt()))
 
 
+@pytest.mark.slow
 def test_readme_example_of_the_released_search() -> None:
     """OPT-13B, ShareGPT, four GPUs, P90 of 200 and 100 ms: (2, 1) and (1, 1); 1.56 requests/s and GPU, to the grid."""
     judge = Rehearsal(simulate=simulate, criterion="separate", spans=0, prompt_tokens=8192)

@@ -255,19 +255,31 @@ def test_a_server_that_breaks_down_ends_the_replay(trace: Path, capsys: pytest.C
     assert "the replay is partial" in capsys.readouterr().err
 
 
+def _interruptible(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """A process that heeds Ctrl-C even where these tests do not: shells start background jobs to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(arguments, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_keeps_what_there_is(trace: Path) -> None:
     async def slower_and_slower(asked: Asked) -> None:
         await well(asked, gap_s=0.0 if len(asked.body["prompt"]) < 30 else 60.0)
 
     with serving(slower_and_slower) as server:
         arguments = ["replay", "--url", server.url, "--trace", "trace.csv", "--out", "x.json"]
-        process = subprocess.Popen([sys.executable, "-m", "experiments.cli", *arguments], stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while len(server.replayed()) < 3 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.2)
-        os.kill(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        process = _interruptible([sys.executable, "-m", "experiments.cli", *arguments])
+        try:
+            deadline = time.monotonic() + 60
+            while len(server.replayed()) < 3 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.2)
+            os.kill(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130, said
     written = json.loads(Path("x.json").read_text())
     assert (written["completed"], written["phasewise"]["stopped"]) == (2, "interrupted")

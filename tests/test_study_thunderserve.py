@@ -31,6 +31,7 @@ def test_the_slo_is_a_multiple_of_what_two_a100_take() -> None:
     assert flops / (2 * 312e12) < one.ttft_s < 3 * flops / (2 * 312e12)
 
 
+@pytest.mark.slow
 def test_splitting_gains_and_gains_more_over_the_faster_link() -> None:
     """Public summaries: 2.04 times at 40 Gbps, 1.36 times at 5 Gbps; here by direction."""
     size = QUICK._replace(steps=4 * QUICK.steps, rounds=2)

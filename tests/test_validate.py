@@ -26,7 +26,15 @@ from experiments.commands_validate import print_report, tolerances
 from experiments.recorded_steps import Recorded
 from experiments.resolve import Setup, resolve
 from experiments.scenario import OverheadSpec, Scenario
-from experiments.validate import RealRun, Validation, Watched, fitted_overhead, probe, validate
+from experiments.validate import (
+    Executed,
+    RealRun,
+    Validation,
+    Watched,
+    fitted_overhead,
+    probe,
+    validate,
+)
 from experiments.validation_report import attribution, beyond, figures, request_table, summary
 from sim.engine import simulate
 from sim.engine.clock import BOUNDARY
@@ -187,13 +195,14 @@ def test_an_overhead_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Steps take 1.2 times the predicted time, 3 ms, and 0.5 ms a sequence; every third is held up for a second."""
     setup = setup_of(tmp_path, COLOCATED, requests=40, overhead={"step_s": 0})
 
-    def executed(setup: Setup, source: Any, how: Execution) -> Result:
+    def executed(setup: Setup, source: Any, how: Execution, *, paced: bool) -> Executed:
         spec = OverheadSpec(step_s=0.003, sequence_s=0.0005, slowdown=1.2)
         dear = resolve(setup.scenario.model_copy(update={"overhead": spec}))
-        return simulate(dear.problem, dear.system, source, predictor=dear.predictor, hardware=Disturbed(dear))
+        result = simulate(dear.problem, dear.system, source, predictor=dear.predictor, hardware=Disturbed(dear))
+        return Executed(result, source, None, None)
 
     monkeypatch.setattr(validation, "_execute", executed)
-    found = fitted_overhead(probe(setup, MEASURED, count=30))
+    found = fitted_overhead(probe(setup, MEASURED, count=30).pairs)
     assert found.step_s == pytest.approx(0.003, rel=1e-6)
     assert found.sequence_s == pytest.approx(0.0005, rel=1e-6)
     assert found.slowdown == pytest.approx(1.2, rel=1e-6)
@@ -317,7 +326,7 @@ def test_a_killed_worker_leaves_a_marked_partial_result(
 def test_a_first_run_that_dies_is_reported_without_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(setup: Setup, source: Any, how: Execution) -> Result:
+    def dies(setup: Setup, source: Any, how: Execution, *, paced: bool) -> Result:
         list(source.next(0.0, None))
         raise SimulationError("worker x is gone")
 

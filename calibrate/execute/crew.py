@@ -91,9 +91,10 @@ def joins(replica: Replica) -> list[tuple[str, list[str]]]:
 
 
 def worker_configs(
-    problem: Problem, system: System, plan: Plan, arch: Architecture, how: Execution, store: str
+    problem: Problem, system: System, plan: Plan, arch: Architecture, how: Execution, store: str, *, paced: bool = False
 ) -> Configs:
     """What each process must be told, by worker. ``store``: a file that does not exist, for workers to meet by.
+    ``paced``: they say how fast their device is (``pace.py``).
 
     ``ConfigError`` if a stage's GPUs cannot share the model, or are not there.
     """
@@ -108,6 +109,7 @@ def worker_configs(
                     "architecture": arch.as_json(), "first": stage.first_layer, "end": stage.end_layer,
                     "blocks": blocks, "block_size": system.limits.block_size, "device": _device(how, len(configs)),
                     "seed": problem.seed, "folder": how.folder, "rank": rank, "ranks": workers_of(stage),
+                    "paced": paced,
                 }  # fmt: skip
     cores = cores_for(configs)
     world = _world(plan, arch, how, configs, store)

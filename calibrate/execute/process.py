@@ -22,6 +22,7 @@ from torch import Tensor
 
 from calibrate.execute.architecture import Architecture
 from calibrate.execute.carriers import ByGroup, BySocket, Carrier
+from calibrate.execute.pace import Pace
 from calibrate.execute.peers import Groups, Peers
 from calibrate.execute.shard import Ranks, Shard
 from calibrate.execute.stage import Item, Stage
@@ -57,6 +58,8 @@ class Worker:
             ranks=Ranks(Shard(config["rank"], len(ranks)), group),
             **{key: config[key] for key in ("first", "end", "blocks", "block_size", "device", "seed", "folder")},
         )
+        self._pace = Pace(self._stage.decoder) if config["paced"] else None
+        self._reference_s: float | None = None
         self._peers = Peers(token, {"hidden": self._hidden.put, "kv": lambda message: self._by_socket.take(message)})
         self._by_socket = BySocket(self._stage, self._peers, self._land)
         self._by_group = ByGroup(self._stage, groups, self._land) if groups is not None else None
@@ -92,7 +95,9 @@ class Worker:
             on_host = out.cpu()
             for port in self._next:
                 self._peers.send(port, "hidden", {"number": header["number"]}, [on_host])
-        self._say({"is": "stepped", "number": header["number"], "seconds": took_s, "tokens": list(tokens.items())})
+        said = {"is": "stepped", "number": header["number"], "seconds": took_s, "tokens": list(tokens.items())}
+        self._say(said | {"reference_s": self._reference_s})
+        self._reference_s = self._pace.read() if self._pace is not None else None
 
     def _hidden_of(self, number: int) -> Tensor:
         header, (hidden,) = self._hidden.get()

@@ -78,8 +78,10 @@ def execute(
     until_s: float | None = None,
     progress: Callable[[int], None] | None = None,
     outputs: dict[int, list[int]] | None = None,
+    readings: list[float] | None = None,
 ) -> Result:
-    """As ``simulate``, executed. ``outputs`` receives the generated tokens of each request (wall clock only).
+    """As ``simulate``, executed. ``outputs`` receives the generated tokens of each request (wall clock only),
+    ``readings`` those of the device's pace, in seconds (``pace.py``).
 
     ``ConfigError`` for what cannot be executed, ``WorkerLostError`` if a worker process dies.
     """
@@ -89,22 +91,30 @@ def execute(
     plan = plan if plan is not None else system.planner.plan(replace(problem, limits=system.limits))
     options: dict[str, Any] = {"plan": plan, "predictor": predictor, "until_s": until_s, "progress": progress}
     if how.mode == "measured-step":
-        return _with_measured_steps(problem, system, source, how, options | {"events": events})
+        return _with_measured_steps(problem, system, source, how, options | {"events": events}, readings)
     _check_wall(system, plan, events)
-    return _by_the_wall_clock(problem, system, source, how, options, {} if outputs is None else outputs)
+    return _by_the_wall_clock(problem, system, source, how, options, {} if outputs is None else outputs, readings)
 
 
 def _with_measured_steps(
-    problem: Problem, system: System, source: Source, how: Execution, options: dict[str, Any]
+    problem: Problem,
+    system: System,
+    source: Source,
+    how: Execution,
+    options: dict[str, Any],
+    readings: list[float] | None,
 ) -> Result:
     if how.device == "cpu":
         torch.set_num_threads(1)  # as in a worker process
     cost = MeasuredSteps(
         device=how.device, kv_blocks=how.kv_blocks, block_size=system.limits.block_size, memoise=how.memoise,
-        seed=problem.seed,
+        seed=problem.seed, paced=readings is not None,
     )  # fmt: skip
     timed = replace(system, transfer=lambda: _with_measured_codec(system.transfer(), problem, how.device))
-    return simulate(replace(problem, cost=cost), timed, source, step_by_step=True, **options)
+    result = simulate(replace(problem, cost=cost), timed, source, step_by_step=True, **options)
+    if readings is not None:
+        readings += cost.readings
+    return result
 
 
 def _by_the_wall_clock(
@@ -114,11 +124,12 @@ def _by_the_wall_clock(
     how: Execution,
     options: dict[str, Any],
     outputs: dict[int, list[int]],
+    readings: list[float] | None,
 ) -> Result:
-    arch, plan = _architecture(problem, how), options["plan"]
+    arch, plan, paced = _architecture(problem, how), options["plan"], readings is not None
     with (
         TemporaryDirectory(prefix="phasewise-") as folder,
-        Fleet(worker_configs(problem, system, plan, arch, how, str(Path(folder) / "store"))) as fleet,
+        Fleet(worker_configs(problem, system, plan, arch, how, str(Path(folder) / "store"), paced=paced)) as fleet,
     ):
         for replica in plan.replicas:
             for front, back in joins(replica):
@@ -131,6 +142,8 @@ def _by_the_wall_clock(
         real = replace(problem, cost=ForPolicies(problem.cost))
         result = simulate(real, at_once, source, hardware=wall, **options)
     outputs.update(wall.outputs)
+    if readings is not None:
+        readings += wall.readings
     return result
 
 

@@ -19,6 +19,7 @@ from calibrate.execute.architecture import Architecture
 from calibrate.execute.decoder import Batch
 from calibrate.execute.graphs import bucket
 from calibrate.execute.layout import assemble
+from calibrate.execute.pace import Pace
 from calibrate.execute.stage import Stage, group_of
 from calibrate.kernels import dequantise_4bit, quantise_4bit
 from sim.cluster import Cluster
@@ -33,11 +34,19 @@ from sim.types import Stage as StageSpec
 class MeasuredSteps:
     """Fits ``sim.cost.StepCost``. ``kv_blocks``: real blocks per stage; steps whose contexts need more reuse them.
 
-    ``memoise``: a shape that ran before (contexts counted in blocks) is not run again.
+    ``memoise``: a shape that ran before (contexts counted in blocks) is not run again. ``paced``: between steps, the
+    device's pace goes into ``readings`` (``pace.py``).
     """
 
     def __init__(
-        self, *, device: str = "cpu", kv_blocks: int = 4096, block_size: int = 16, memoise: bool = False, seed: int = 0
+        self,
+        *,
+        device: str = "cpu",
+        kv_blocks: int = 4096,
+        block_size: int = 16,
+        memoise: bool = False,
+        seed: int = 0,
+        paced: bool = False,
     ) -> None:
         self.name = f"measured steps on {device}"
         self.device = device
@@ -45,6 +54,8 @@ class MeasuredSteps:
         self.block_size = block_size
         self.memoise = memoise
         self.seed = seed
+        self.paced = paced
+        self.readings: list[float] = []
         self._built: dict[tuple[ModelSpec, int, bool, bool, int], MeasuredStage] = {}
 
     def bind(self, model: ModelSpec, stage: StageSpec, cluster: Cluster, slow: float = 1.0) -> BoundStage:
@@ -86,6 +97,7 @@ class MeasuredStage:
             seed=steps.seed,
         )  # fmt: skip
         self.executed = 0
+        self._pace = Pace(self.stage.decoder) if steps.paced else None
         self._rng = np.random.default_rng(steps.seed)
         self._blocks = self._rng.permutation(np.arange(1, steps.kv_blocks + 1))
         self._warm: set[tuple[int, ...]] = set()
@@ -112,7 +124,11 @@ class MeasuredStage:
         if sizes not in self._warm:
             self._warm.add(sizes)
             self._run(work)
-        return self._run(work)
+        seconds = self._run(work)
+        reading_s = self._pace.read() if self._pace is not None else None
+        if reading_s is not None:
+            self.steps.readings.append(reading_s)
+        return seconds
 
     def _run(self, work: Work) -> float:
         """From shapes to sampled tokens on the host, as a serving engine would pay for it."""

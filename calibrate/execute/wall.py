@@ -129,6 +129,8 @@ class Wall:
     ) -> None:
         self.clock = WallClock(fleet)
         self.tokens: dict[int, list[int]] = {}
+        self.readings: list[float] = []
+        """Of the workers' pace, in seconds (``pace.py``)."""
         self._inputs: dict[int, int] = {}
         self._fleet = fleet
         self._cluster = cluster
@@ -163,6 +165,7 @@ class Wall:
 
         def computed(at_ps: int, answers: list[Word]) -> None:
             said = {word.worker: word.header for word in answers}
+            self.readings += [header["reference_s"] for header in said.values() if header["reference_s"] is not None]
             for sequence, token in said[crews[-1][0]]["tokens"]:
                 self.tokens[sequence].append(token)
             flight.first_ps, flight.slope_ps = at_ps - flight.start_ps, 0
