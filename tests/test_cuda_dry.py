@@ -16,6 +16,7 @@ from calibrate.bench.family import Measurement, points  # noqa: E402
 from calibrate.bench.shapes import Limits, Shard  # noqa: E402
 from calibrate.bench.timer import measurer  # noqa: E402
 from calibrate.execute.architecture import Architecture  # noqa: E402
+from calibrate.execute.pace import Pace  # noqa: E402
 from calibrate.execute.stage import Item, Stage, generate  # noqa: E402
 from calibrate.measure import _families  # noqa: E402
 from sim.model import ModelSpec  # noqa: E402
@@ -101,6 +102,14 @@ def test_a_later_stage_of_a_pipeline_has_graphs_over_hidden_states(gpu: PretendC
         found.append(back.run([item], front.run([item])[1])[0][0])
     assert found == expected
     assert gpu.said.count("replay") == 4
+
+
+def test_the_pace_is_read_when_the_device_is_done(gpu: PretendCuda) -> None:
+    own = Pace(new_stage(DENSE, "cuda").decoder)
+    gpu.said.clear()
+    own._read_s = 0.0
+    assert own.read() is not None
+    assert gpu.said == ["wait", "wait"]
 
 
 def test_where_attention_reads_in_place_all_graphs_are_captured_at_the_start(
