@@ -21,7 +21,7 @@ def _parameter(path: Path) -> Any:
     return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if "calibrate" in path.stem else [])
 
 
-@pytest.mark.parametrize("path", map(_parameter, NOTEBOOKS))
+@pytest.mark.parametrize("path", [_parameter(path) for path in NOTEBOOKS])
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     if "calibrate" in path.stem:
         pytest.importorskip("torch", reason="torch is not installed")
