@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from inspect import cleandoc
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -112,7 +113,7 @@ def _parts(annotation: Any, mark: str) -> Iterator[tuple[type[BaseModel], str]]:
 
 def _section(title: str, model: type[BaseModel]) -> str:
     rows = [_row(name, field) for name, field in model.model_fields.items()]
-    said = (model.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " ").replace("``", "`")
+    said = cleandoc(model.__doc__ or "").split("\n\n")[0].replace("\n", " ").replace("``", "`")
     lines = [
         f"## {title}",
         "",

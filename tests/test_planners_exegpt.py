@@ -346,6 +346,7 @@ def test_no_memory_is_named() -> None:
     ("settings", "message"),
     [
         ({"gpus": 9}, "system.gpus is 9; the cluster has 4"),
+        ({"gpu": "H100"}, "system.gpu is H100; the cluster has A40"),
         ({"tp": 3}, "system.tp is 3; opt-13b on 4 GPUs has 1, 2, 4"),
         ({"tp": 2, "tp_gpus": 3}, r"system.tp_gpus is 3; it must be whole groups of tp \(2\), at most 4 GPUs"),
         ({"tp_gpus": 3}, r"system.tp_gpus is 3; it must be whole groups of tp \(2 or more\)"),
@@ -361,3 +362,11 @@ def test_gpus_of_two_types_are_named() -> None:
     mixed = Cluster.of(nodes=[{"gpu": "A40", "count": 1}, {"gpu": "L40S", "count": 1}])
     with pytest.raises(ConfigError, match="one schedule is for GPUs of one type, the cluster has A40, L40S"):
         ExeGPT().schedule(replace(server(), cluster=mixed))
+
+
+def test_a_type_that_is_not_the_first_can_be_chosen() -> None:
+    mixed = Cluster.of(nodes=[{"gpu": "L40S", "count": 2}, {"gpu": "A40", "count": 4}])
+    chosen = ExeGPT(gpu="a40").schedule(replace(server(), cluster=mixed))
+    alone = ExeGPT().schedule(server())
+    assert {mixed.gpu(name).name for one in chosen.plan.replicas for name in one.gpus} == {"A40"}
+    assert chosen.perf == alone.perf

@@ -93,9 +93,7 @@ class Paths:
         if job.samples > 1:
             return f"{job.samples} samples of a request: nodes with a part of the layers serve one"
         total = job.input_tokens + job._output_tokens
-        if total > self._engine.longest_tokens:
-            return f"{total} tokens exceed the model's context of {self._engine.longest_tokens:.0f}"
-        reasons = (hop.node.too_long(job, total - 1) for hop in hops)
+        reasons = (self._engine.over_context(total), *(hop.node.too_long(job, total - 1) for hop in hops))
         return next((reason for reason in reasons if reason is not None), None)
 
     # ------------------------------------------------------------ be computed

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import inf, nextafter
+from operator import itemgetter
 
 import numpy as np
 
@@ -113,7 +114,11 @@ class Engine:
         self.numbers = 0
         self.iterations = 0
         self.iterations_outside = 0
-        self.longest_tokens = min(system.limits.max_model_len or inf, problem.model.max_position_embeddings or inf)
+        self.longest_tokens, self.longest_by = min(
+            (problem.model.max_position_embeddings or inf, "the model's context of"),
+            (system.limits.max_model_len or inf, "engine.max_model_len,"),
+            key=itemgetter(0),
+        )
         self.mean_output_tokens = max(1, round(problem.workload.mean_output_tokens))
         self.changes = Changes(self, change_rng)
         self.observes = self.changes.rescheduler.interval_s is not None
@@ -202,8 +207,9 @@ class Engine:
 
     def _never_fits(self, job: Job, prefill: ReplicaState, decode: ReplicaState | None) -> str | None:
         total = job.input_tokens + job._output_tokens
-        if total > self.longest_tokens:
-            return f"{total} tokens exceed the model's context of {self.longest_tokens:.0f}"
+        over = self.over_context(total)
+        if over is not None:
+            return over
         if prefill is not decode:
             reason = prefill.too_long(job, job.input_tokens)
             if reason is not None:
@@ -211,6 +217,11 @@ class Engine:
         if decode is None:
             decode = max(self.by_leg.values(), key=lambda replica: replica.ledger.total)
         return decode.too_long(job, total - 1)
+
+    def over_context(self, tokens: int) -> str | None:
+        if tokens <= self.longest_tokens:
+            return None
+        return f"{tokens} tokens exceed {self.longest_by} {self.longest_tokens:.0f}"
 
     # ------------------------------------------------------------ wait, and be batched
 

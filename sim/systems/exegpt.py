@@ -115,6 +115,7 @@ def exegpt(
     micro_batches: int | None = None,
     tp: int | None = None,
     tp_gpus: int | None = None,
+    gpu: str | None = None,
     gpus: int | None = None,
     rule: Rule = "littles_law",
     band: float = BAND,
@@ -126,9 +127,9 @@ def exegpt(
     and a decode pool, shared out by compute time or by memory), or auto, the best of them. ``latency_bound_s``
     (default: slo.e2e_s, else none) is for the 99th-percentile output length, without queueing. What is stated is not
     searched: ``encode_batch`` prompts a phase, ``micro_batches`` of the decode pool, ``tp_gpus`` of the first ``gpus``
-    in groups of ``tp``, the others alone. ``rule``: how many decode beside so many prompts; paper takes those in flight
-    for like those that arrive. ``band``: by how much batches may be off before the next one mends it. ``tolerance``:
-    shares by which throughput and latency may fall where the search has them rise.
+    of the type ``gpu`` in groups of ``tp``, the others alone. ``rule``: how many decode beside so many prompts; paper
+    takes those in flight for like those that arrive. ``band``: by how much batches may be off before the next one mends
+    it. ``tolerance``: shares by which throughput and latency may fall where the search has them rise.
     """
     _check(schedule, rule, latency_bound_s, band=band, tolerance=tolerance)
     _check_counts(
@@ -144,7 +145,8 @@ def exegpt(
             raise ConfigError(f"system.{name} is for {', '.join(where)}; with schedule {schedule} leave it out")
     planner = ExeGPT(
         kinds=kinds, bound_s=latency_bound_s, encode_batch=encode_batch, decode_iterations=decode_iterations,
-        micro_batches=micro_batches, tp=tp, tp_gpus=tp_gpus, gpus=gpus, rule=rule, band=band, tolerance=tolerance,
+        micro_batches=micro_batches, tp=tp, tp_gpus=tp_gpus, gpu=gpu, gpus=gpus, rule=rule, band=band,
+        tolerance=tolerance,
     )  # fmt: skip
     return System(
         name="exegpt",

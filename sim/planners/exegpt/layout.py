@@ -19,19 +19,22 @@ class Tensor(NamedTuple):
     gpus: int
 
 
-def alike(problem: Problem, gpus: int | None) -> tuple[str, ...]:
-    """The first ``gpus`` of the cluster (None: all). ``ConfigError`` unless they are of one type and count."""
+def alike(problem: Problem, gpu: str | None, gpus: int | None) -> tuple[str, ...]:
+    """The first ``gpus`` (None: all) of a type (None: any). ``ConfigError`` unless they are there, and of one type."""
     cluster = problem.cluster
-    names = cluster.gpu_ids[:gpus]
+    types = list(dict.fromkeys(cluster.gpu(name).name for name in cluster.gpu_ids))
+    if gpu is not None and gpu.lower() not in [one.lower() for one in types]:
+        raise ConfigError(f"system.gpu is {gpu}; the cluster has {', '.join(types)}")
+    names = [name for name in cluster.gpu_ids if gpu is None or cluster.gpu(name).name.lower() == gpu.lower()]
     if len(names) < (gpus or 1):
         raise ConfigError(f"system.gpus is {gpus}; the cluster has {len(names)}; state fewer, or leave it out for all")
-    kinds = sorted({cluster.gpu(name).name for name in names})
-    if len(kinds) > 1:
+    chosen = tuple(names[:gpus])
+    if len({cluster.gpu(name).name for name in chosen}) > 1:
         raise ConfigError(
-            f"system.schedule: one schedule is for GPUs of one type, the cluster has {', '.join(kinds)}; set "
-            "system.gpus to the first of one type, or change cluster.nodes"
+            f"system.gpu: one schedule is for GPUs of one type, the cluster has {', '.join(types)}; set system.gpu to "
+            "one of them"
         )
-    return names
+    return chosen
 
 
 def degrees(problem: Problem, gpus: Sequence[str]) -> list[int]:

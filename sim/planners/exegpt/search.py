@@ -74,12 +74,17 @@ class ExeGPT:
     micro_batches: int | None = None
     tp: int | None = None
     tp_gpus: int | None = None
+    gpu: str | None = None
     gpus: int | None = None
     rule: Rule = "littles_law"
     band: float = BAND
     tolerance: float = TOLERANCE
     whole: bool = False
     _last: tuple[tuple[Any, ...], Search] | None = field(default=None, repr=False)
+
+    def names(self, problem: Problem) -> tuple[str, ...]:
+        """The GPUs that a schedule is for."""
+        return alike(problem, self.gpu, self.gpus)
 
     def plan(self, problem: Problem) -> Plan:
         return self.schedule(problem).plan
@@ -94,7 +99,7 @@ class ExeGPT:
             raise ConfigError(f"system.schedule: {', '.join(kinds)} is not among the kinds searched; set it to auto")
         if search.least_s == inf:
             raise InfeasibleError(
-                f"system: no schedule of {problem.model.name} on {len(alike(problem, self.gpus))} GPUs fits their "
+                f"system: no schedule of {problem.model.name} on {len(self.names(problem))} GPUs fits their "
                 f"memory and max_num_seqs ({problem.limits.max_num_seqs}); use more GPUs, or state a smaller "
                 "encode_batch"
             )
@@ -139,7 +144,7 @@ class ExeGPT:
 
     def _nothing(self, problem: Problem) -> ConfigError:
         """Why what is stated leaves no schedule."""
-        names = alike(problem, self.gpus)
+        names = self.names(problem)
         known = degrees(problem, names)
         if self.tp is not None and self.tp not in known:
             return ConfigError(
@@ -157,9 +162,9 @@ class ExeGPT:
     # ------------------------------------------------------------ what there is to search
 
     def spaces(self, problem: Problem) -> Iterator[Space]:
-        names = alike(problem, self.gpus)
+        names = self.names(problem)
         traffic = Traffic.of(problem.workload)
-        timing = Timing(problem, traffic.prompt_tokens, traffic.context_tokens, traffic.decode_iterations)
+        timing = Timing(problem, traffic.prompt_tokens, traffic.context_tokens, traffic.decode_iterations, names)
         world = World(timing=timing, traffic=traffic, gpus=names, rule=self.rule, band=self.band)
         for kind in self.kinds:
             if kind != "rra" and len(names) < 2:

@@ -48,10 +48,18 @@ class Pipeline:
 
 
 class Timing:
-    """Pipelines over a problem's GPUs, made once for each layout."""
+    """Pipelines over these of a problem's GPUs (default: all), made once for each layout."""
 
-    def __init__(self, problem: Problem, prompt_tokens: float, context_tokens: float, iterations: float) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        prompt_tokens: float,
+        context_tokens: float,
+        iterations: float,
+        gpus: tuple[str, ...] | None = None,
+    ) -> None:
         self.problem = problem
+        self._gpus = problem.cluster.gpu_ids if gpus is None else gpus
         self._prompt = max(1, round(prompt_tokens))
         self._context = context_tokens
         self._iterations = iterations
@@ -81,8 +89,7 @@ class Timing:
     def whole_s(self, tp: int) -> tuple[float, float]:
         """Seconds of the whole model on so many GPUs: a reference batch of prompts, one iteration of decodes."""
         if tp not in self._whole:
-            gpus = self.problem.cluster.gpu_ids[:tp]
-            stage = Stage(name="whole", gpus=gpus, first_layer=0, end_layer=self.problem.model.num_layers)
+            stage = Stage(name="whole", gpus=self._gpus[:tp], first_layer=0, end_layer=self.problem.model.num_layers)
             cost = self.bound(stage)
             self._whole[tp] = (
                 seconds(cost, self.work(REFERENCE_BATCH, 0)),
