@@ -51,6 +51,9 @@ def describe(fault: ErrorDetails) -> str:
     kind = fault["type"]
     if kind == "unknown_key":
         dot = "." if place else ""
+        if context["inside"]:
+            home = f"{place}{dot}{context['inside']}.{context['key']}"
+            return f"{place}{dot}{context['key']}: the key {context['key']!r} is unknown here; did you mean {home}?"
         return f"{place}{dot}{context['key']}: the key {did_you_mean(context['key'], context['known'])}"
     if kind == "nested":
         return f"{place}{context['text']}"

@@ -27,7 +27,7 @@ from calibrate.relatives import kernels_for
 from experiments.complaints import first_fault
 from experiments.planfile import read_plan
 from experiments.requests import RequestStream
-from experiments.scenario import EventSpec, OverheadSpec, Scenario, SloSpec, SystemSpec
+from experiments.scenario import EngineSpec, EventSpec, OverheadSpec, Scenario, SloSpec, SystemSpec
 from sim.cluster import Cluster, Gpu, did_you_mean, gpu, gpus
 from sim.cost import Fitted, Overhead, Profile, Roofline, StepCost
 from sim.engine import simulate
@@ -173,6 +173,8 @@ def build_system(spec: SystemSpec) -> System:
     known = system_options(factory)
     for option in spec.options:
         if option not in known:
+            if option in EngineSpec.model_fields:
+                raise ConfigError(f"system.{option}: is a setting of the engine; state it as system.engine.{option}")
             raise ConfigError(f"system.{option}: the key {did_you_mean(option, [*known, 'engine', 'name'])}")
     given = {"simulate": simulate} if "simulate" in inspect.signature(factory).parameters else {}
     try:

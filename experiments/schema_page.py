@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from experiments.part import parts
 from experiments.scenario import Scenario
 
 UNITS = {
@@ -95,20 +96,9 @@ def _models(place: str, model: type[BaseModel]) -> Iterator[tuple[str, type[Base
             todo[:0] = [
                 (f"{place}.{name}".removeprefix(".") + mark, part)
                 for name, field in model.model_fields.items()
-                for part, mark in _parts(field.annotation, "")
+                for part, mark in parts(field.annotation)
             ]
     return ((", ".join(f"`{place}`" for place in places if place) or TOP, model) for model, places in found.items())
-
-
-def _parts(annotation: Any, mark: str) -> Iterator[tuple[type[BaseModel], str]]:
-    """Models in an annotation: directly, in a list (``[]``), or by name (``.NAME``)."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, mark
-        return
-    origin = getattr(annotation, "__origin__", None)
-    inner = "[]" if origin is tuple else ".NAME" if origin is dict else mark
-    for argument in get_args(annotation):
-        yield from _parts(argument, inner)
 
 
 def _section(title: str, model: type[BaseModel]) -> str:

@@ -230,7 +230,7 @@ def test_when_nothing_completes_the_reasons_are_printed(scenario: Path, capsys: 
     assert call("run", scenario, *too_long) == 1
     out = capsys.readouterr().out
     assert "no request completed" in out
-    assert "30 not served: tokens exceed engine.max_model_len, 20" in out
+    assert "30 not served: tokens exceed system.engine.max_model_len, 20" in out
     assert call("run", scenario, "--json", *too_long) == 1
     assert json.loads(capsys.readouterr().out)["ttft_s"]["p50"] is None
 

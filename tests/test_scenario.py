@@ -100,6 +100,19 @@ def test_overrides(path: Path) -> None:
         ),
         ("workload.arrivals=poison", "FILE: workload.arrivals: 'poison' is unknown; did you mean 'poisson'?"),
         ("sytem.tp=2", "FILE: sytem: the key 'sytem' is unknown; did you mean 'system'?"),
+        ("rate=2", "FILE: rate: the key 'rate' is unknown here; did you mean workload.rate?"),
+        (
+            "cluster.count=2",
+            "FILE: cluster.count: the key 'count' is unknown here; did you mean cluster.nodes[].count?",
+        ),
+        (
+            "max_num_seqs=8",
+            "FILE: max_num_seqs: the key 'max_num_seqs' is unknown here; did you mean system.engine.max_num_seqs?",
+        ),
+        (
+            "system.max_num_seqs=8",
+            "FILE: system.max_num_seqs: is a setting of the engine; state it as system.engine.max_num_seqs",
+        ),
         ("system.name=vlm", "FILE: system.name: 'vlm' is unknown; did you mean 'vllm'?"),
         ("system.modes=v0", "FILE: system.modes: the key 'modes' is unknown; did you mean 'mode'?"),
         ("system.mode=v2", "FILE: system.mode: 'v2' is unknown; did you mean 'v1'?"),

@@ -55,7 +55,7 @@ def test_nobody_joins_a_batch_under_way(shapes: list[tuple[int, int, int]], seat
 @pytest.mark.parametrize(
     ("what", "limits", "reason"),
     [
-        ({"input_tokens": 2040}, {}, "2050 tokens exceed engine.max_model_len, 2048"),
+        ({"input_tokens": 2040}, {}, "2050 tokens exceed system.engine.max_model_len, 2048"),
         ({}, {"num_kv_blocks": 100}, "a: a context of 2048 tokens exceeds the 1600 of the KV cache"),
         ({"samples": 2}, {}, "a: 2 samples: this scheduler has one a request"),
         ({"input_tokens": 2040}, {"max_model_len": None}, "a: 2050 tokens exceed the context of 2048 that is reserved"),

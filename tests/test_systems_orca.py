@@ -91,7 +91,7 @@ def test_a_region_predicted_too_short_grows_and_the_latest_is_recomputed() -> No
 @pytest.mark.parametrize(
     ("what", "limits", "reason"),
     [
-        ({"input_tokens": 2040}, {}, "2050 tokens exceed engine.max_model_len, 2048"),
+        ({"input_tokens": 2040}, {}, "2050 tokens exceed system.engine.max_model_len, 2048"),
         ({"input_tokens": 200}, {"num_kv_blocks": 100}, "a: a region of 128 blocks is reserved for it; there are 100"),
         ({"samples": 2}, {}, "a: 2 samples: this scheduler has one a request"),
     ],

@@ -101,14 +101,16 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_more_decodes_than_a_chunk_holds_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"chunk_size is 32, but 39 decodes ride .* lower engine\.max_num_seqs"):
+    with pytest.raises(
+        ConfigError, match=r"chunk_size is 32, but 39 decodes ride .* lower system\.engine\.max_num_seqs"
+    ):
         run(sarathi(40), [request(0)])
 
 
 @pytest.mark.parametrize(
     ("what", "limits", "reason"),
     [
-        ({"input_tokens": 311}, {}, "321 tokens exceed the model's context of 320"),
+        ({"input_tokens": 311}, {}, "321 tokens exceed system.engine.max_model_len, 320"),
         ({}, {"num_kv_blocks": 319}, "a: a context of 320 tokens exceeds the 319 of the KV cache"),
         ({"samples": 2}, {}, "a: 2 samples: this scheduler has one a request"),
     ],

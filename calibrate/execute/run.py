@@ -183,7 +183,7 @@ def _check_wall(system: System, plan: Plan, events: Sequence[ClusterEvent]) -> N
     if events:
         raise ConfigError(f"events: {events[0].kind} at {events[0].at_s} s: wall-clock runs have no made-up faults")
     if system.limits.prefix_caching:
-        raise ConfigError("engine.prefix_caching: true: workers do not share prefixes; set it to false")
+        raise ConfigError("system.engine.prefix_caching: true: workers do not share prefixes; set it to false")
 
 
 def _architecture(problem: Problem, how: Execution) -> Architecture:

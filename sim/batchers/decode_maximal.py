@@ -90,7 +90,7 @@ class DecodeMaximal:
         if tokens < 1:
             raise ConfigError(
                 f"system.chunk_size is {self.chunk_size}, but {size - 1} decodes ride with a chunk; "
-                f"raise it, or lower engine.max_num_seqs"
+                f"raise it, or lower system.engine.max_num_seqs"
             )
         return tokens
 

@@ -76,7 +76,7 @@ def token_budget_for(
     if takes_s(low) > tbt_s:
         raise ConfigError(
             f"system.tbt_s is {tbt_s}; {max_decodes} decodes behind {context_tokens} tokens and a chunk of "
-            f"{low * tile - max_decodes} take {takes_s(low):.4g} s: raise it, or lower engine.max_num_seqs"
+            f"{low * tile - max_decodes} take {takes_s(low):.4g} s: raise it, or lower system.engine.max_num_seqs"
         )
     while low < high:
         middle = (low + high + 1) // 2

@@ -36,12 +36,12 @@ class Paths:
     def __init__(self, engine: Engine) -> None:
         if engine.system.limits.prefix_caching:
             raise ConfigError(
-                "engine.prefix_caching: true: nodes with a part of the layers share no prefixes; use false"
+                "system.engine.prefix_caching: true: nodes with a part of the layers share no prefixes; use false"
             )
         if engine.hardware is not None:
             raise ConfigError("plan: nodes with a part of the layers are simulated only; give every replica all layers")
         if engine.system.limits.async_scheduling:
-            raise ConfigError("engine.async_scheduling: true: nodes with a part of the layers do not; use false")
+            raise ConfigError("system.engine.async_scheduling: true: nodes with a part of the layers do not; use false")
         assert isinstance(engine.links, Links)
         self._engine = engine
         self._links = engine.links

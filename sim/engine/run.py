@@ -116,7 +116,7 @@ class Engine:
         self.iterations_outside = 0
         self.longest_tokens, self.longest_by = min(
             (problem.model.max_position_embeddings or inf, "the model's context of"),
-            (system.limits.max_model_len or inf, "engine.max_model_len,"),
+            (system.limits.max_model_len or inf, "system.engine.max_model_len,"),
             key=itemgetter(0),
         )
         self.mean_output_tokens = max(1, round(problem.workload.mean_output_tokens))

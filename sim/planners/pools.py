@@ -87,9 +87,16 @@ def _check(replicas: tuple[Replica, ...], pool: Pool, role: Role, problem: Probl
         return
     asked = f"{pool.replicas or 'at least one'} {role} replica(s), tp {pool.tp or 'any'}, pp {pool.pp}"
     on = f" on {pool.gpu}" if pool.gpu else ""
+    cluster, model = problem.cluster, problem.model
+    weights_gb = model.weight_bytes(0, model.num_layers) / 1e9
+    machines = {
+        name: f"{cluster.node(name).count} x {cluster.gpu(name).name} of {cluster.gpu(name).memory_bytes / 1e9:.0f} GB"
+        for name in cluster.gpu_ids
+    }
     raise ConfigError(
-        f"system: {asked}{on} of {problem.model.name} asked for, but the cluster has room for {len(replicas)}; "
-        "ask for fewer, other tp or pp, or add GPUs"
+        f"system: {asked}{on} of {model.name} asked for, but the cluster has room for {len(replicas)} "
+        f"({weights_gb:.0f} GB of weights each, besides KV; machines with "
+        f"{', '.join(dict.fromkeys(machines.values()))}); ask for fewer, other tp or pp, or add GPUs"
     )
 
 

@@ -17,7 +17,8 @@ def fastertransformer(
 ) -> System:
     """FasterTransformer: request-level batching; a batch starts when the longest request of the last has ended.
 
-    A batch is the earliest engine.max_num_seqs requests, or as many as have room for engine.max_model_len (2048) each.
+    A batch is the earliest system.engine.max_num_seqs requests, or as many as have room for
+    system.engine.max_model_len (2048) each.
     """
     planner, router = layout(replicas, tp, pp, gpu, None, None)
     return System(

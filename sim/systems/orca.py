@@ -21,8 +21,9 @@ def orca(
 ) -> System:
     """Orca: iteration-level batching of whole prompts and decodes, KV reserved contiguously per request.
 
-    ``reserve``: max keeps engine.max_model_len tokens for everybody (default 2048), pow2 the output rounded up to a
-    power of two, oracle the output as it is. The latter two know the true output length unless a predictor is given.
+    ``reserve``: max keeps system.engine.max_model_len tokens for everybody (default 2048), pow2 the output rounded up
+    to a power of two, oracle the output as it is. The latter two know the true output length unless a predictor is
+    given.
     """
     if reserve not in RESERVES:
         raise ConfigError(f"system.reserve is {reserve!r}; orca has {', '.join(RESERVES)}")

@@ -22,11 +22,11 @@ def sarathi(
     pp: int = 1,
     gpu: str | None = None,
 ) -> System:
-    """SARATHI: batches of one prompt chunk and up to B - 1 decodes, in B slots of engine.max_model_len tokens (2048).
+    """SARATHI: batches of one prompt chunk and up to B - 1 decodes, in B slots of a context each.
 
-    ``chunk_size`` (a multiple of ``tile``) counts the decodes that ride with a chunk; auto takes the smallest one that
-    costs at most a fifth of the prefill throughput. ``mode``: orca-best has whole prompts for chunks, baseline
-    never mixes prompts with decodes.
+    A slot holds system.engine.max_model_len tokens (2048). ``chunk_size`` (a multiple of ``tile``) counts the decodes
+    that ride with a chunk; auto takes the smallest one that costs at most a fifth of the prefill throughput. ``mode``:
+    orca-best has whole prompts for chunks, baseline never mixes prompts with decodes.
     """
     if mode not in COMPOSITIONS:
         raise ConfigError(f"system.mode is {mode!r}; sarathi has {', '.join(COMPOSITIONS)}")

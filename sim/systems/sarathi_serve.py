@@ -29,10 +29,11 @@ def sarathi_serve(
 ) -> System:
     """Sarathi-Serve: every running decode in every iteration, prompt chunks in the rest of a token budget.
 
-    ``token_budget`` defaults to engine.max_num_batched_tokens, else 512 (the paper's strict setting; 2048 relaxed);
-    ``tbt_s``: to the most tokens whose iteration keeps this bound. ``mode`` (table 4): chunked-only never mixes chunks
-    with decodes, hybrid-only never cuts prompts. ``dynamic_chunks``: high_tokens, low_tokens, stages and max_tokens
-    of a budget that falls as a prompt proceeds. ``kv_bits`` a value of KV on the way between pools (16: as it is).
+    ``token_budget`` defaults to system.engine.max_num_batched_tokens, else 512 (the paper's strict setting; 2048
+    relaxed); ``tbt_s``: to the most tokens whose iteration keeps this bound. ``mode`` (table 4): chunked-only never
+    mixes chunks with decodes, hybrid-only never cuts prompts. ``dynamic_chunks``: high_tokens, low_tokens, stages and
+    max_tokens of a budget that falls as a prompt proceeds. ``kv_bits`` a value of KV on the way between pools (16: as
+    it is).
     """
     if mode not in COMPOSITIONS:
         raise ConfigError(f"system.mode is {mode!r}; sarathi-serve has {', '.join(COMPOSITIONS)}")

@@ -3,8 +3,8 @@
 Left out, or otherwise than in the paper: a stage begins when its whole pipeline has its weights (there as soon as the
 stage has); weights and KV flow at once and share links (there layer by layer; ``Migration.ready_s`` estimates that
 order); whoever loses its KV to a loss without notice keeps what it has generated; each pipeline has a queue of its own,
-dealt anew when pipelines come or go; batches are of up to ``engine.max_num_seqs``, whichever the optimiser chose (as in
-the artifact); who joins is seen when ready.
+dealt anew when pipelines come or go; batches are of up to ``system.engine.max_num_seqs``, whichever the optimiser chose
+(as in the artifact); who joins is seen when ready.
 """
 
 from __future__ import annotations
