@@ -117,6 +117,18 @@ def test_preemption_by_swap() -> None:
     assert [row.preemptions for row in result.rows.requests] == [0, 1]
 
 
+def test_whoever_preempts_itself_lets_in_what_has_arrived() -> None:
+    """One seat, three blocks, one of them the other's that has arrived: the first, which wants a third, starts over,
+    and the other decodes at that very boundary."""
+    limited = system(router=lambda: Way("p", "d"), num_kv_blocks=3, max_num_seqs=1)
+    long = {"input_tokens": 16, "output_tokens": 20}
+    result = run(limited, [request(0, **long), request(1, **long)], problem(cluster(2, 2)), plan=SPLIT)
+    assert [row.outcome for row in result.rows.requests] == ["completed", "completed"]
+    assert [row.preemptions for row in result.rows.requests] == [1, 0]
+    boundary = result.token_times_ps(0)[16]
+    assert result.token_times_ps(1)[1] == boundary + decode_ps(17)
+
+
 # ------------------------------------------------------------ pipelines
 
 

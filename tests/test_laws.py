@@ -322,7 +322,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "limits": {
             "num_kv_blocks": draw(st.sampled_from([24, 40, 80, 1000])),
-            "max_num_seqs": draw(st.sampled_from([2, 7, 256])),
+            "max_num_seqs": draw(st.sampled_from([1, 2, 7, 256])),
             "max_num_batched_tokens": draw(st.sampled_from([256, 300, 2048])),
             "block_size": draw(st.sampled_from([8, 16])),
             "prefix_caching": draw(st.booleans()),

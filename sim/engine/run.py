@@ -279,11 +279,15 @@ class Engine:
             veil.lift(replica, now_ps)
             return
         launched: list[Flight] = []
+        swapped_blocks = 0
         while len(replica.flights) < replica.lanes:
             draft = Draft(replica, now_ps)
+            draft.swap_blocks = swapped_blocks
             replica.batcher.fill(draft)
+            swapped_blocks = draft.swap_blocks if draft.empty else 0
             if draft.empty:
-                if veil.lift(replica, now_ps):
+                # whoever was preempted made room for others, and nothing else would bring the batcher back
+                if veil.lift(replica, now_ps) or draft.preempted:
                     continue
                 break
             flight, outside = launch(replica, draft, now_ps, self._swap_ps(replica, draft) if draft.swap_blocks else 0)
