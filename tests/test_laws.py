@@ -323,7 +323,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         "limits": {
             "num_kv_blocks": draw(st.sampled_from([24, 40, 80, 1000])),
             "max_num_seqs": draw(st.sampled_from([1, 2, 7, 256])),
-            "max_num_batched_tokens": draw(st.sampled_from([256, 300, 2048])),
+            "max_num_batched_tokens": draw(st.sampled_from([37, 256, 300, 2048])),
             "block_size": draw(st.sampled_from([8, 16])),
             "prefix_caching": draw(st.booleans()),
             "async_scheduling": draw(st.booleans()),
@@ -331,7 +331,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         "cost": ToyCost(
             knot=draw(st.sampled_from([200, 1500, 10**9])), base_ps=draw(st.sampled_from([10**10, 10**9 + 7]))
         ),
-        "gbps": draw(st.sampled_from([0.1, 100])),
+        "gbps": draw(st.sampled_from([0.001, 0.1, 100])),
     }
 
 
