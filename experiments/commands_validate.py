@@ -42,6 +42,12 @@ def validate(
             help="fit what steps take beside the profile to short runs of other requests, between the real ones",
         ),
     ] = False,
+    both_modes: Annotated[
+        bool,
+        typer.Option(
+            "--both-modes", help="after each run by the wall clock one with measured steps: do the two modes agree?"
+        ),
+    ] = False,
     tolerance: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,7 +94,7 @@ def validate(
     how = _execution(setup, mode, device, weights, emulate_links=not real_links)
     if minutes is not None:
         setup = _measured_first(experiment, setup, minutes, device, folder, log)
-    found = validate_setup(setup, how, repeats, log.say, overhead=overhead)
+    found = validate_setup(setup, how, repeats, log.say, overhead=overhead, both_modes=both_modes)
     summary = report.summary(found, bounds, scenario.stem)
     report.save(found, summary, folder)
     if json_:
@@ -197,12 +203,14 @@ def print_report(summary: Mapping[str, Any]) -> None:
     what = f"{summary['name']}: {summary['system']} ({summary['mirrors']}), {summary['model']} on {summary['device']}"
     table = Table(box=box.SIMPLE_HEAD, title=f"{what}, {summary['mode']}", title_justify="left")
     table.add_column("metric", no_wrap=True)
-    for name in ("predicted", "real (median)", "error", "noise floor"):
+    both = any(row["measured_steps"] is not None for row in summary["figures"])
+    for name in ("predicted", "real (median)", "error", "noise floor", *(("measured steps", "apart") if both else ())):
         table.add_column(name, justify="right")
     for row in summary["figures"]:
         table.add_row(
             f"{row['metric']} {row['statistic']}", _figure(row["predicted"]), _figure(row["real"]),
-            "-" if row["error"] is None else f"{row['error']:+.1%}", _percent(row["noise"]),
+            _signed(row["error"]), _percent(row["noise"]),
+            *((_figure(row["measured_steps"]), _signed(row["apart"])) if both else ()),
         )  # fmt: skip
     console.print(table)
     for line in _lines(summary):
@@ -262,6 +270,10 @@ _PARTS = {"workload": _workload, "step_time": _step_time, "scheduling": _schedul
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:,.4g}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1%}"
 
 
 def _percent(value: float | None) -> str:

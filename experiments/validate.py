@@ -86,13 +86,17 @@ class RealRun:
 
 @dataclass(slots=True, kw_only=True)
 class Validation:
-    """A prediction and its real runs. ``lost``: why executions ended early; ``ended``: what the lost run had done."""
+    """A prediction and its real runs. ``lost``: why executions ended early; ``ended``: what the lost run had done.
+
+    ``measured_steps``: results of executions with a virtual clock beside those of the wall clock.
+    """
 
     setup: Setup
     mode: str
     device: str
     predicted: Result
     runs: list[RealRun] = field(default_factory=list)
+    measured_steps: list[Result] = field(default_factory=list)
     lost: str | None = None
     ended: list[tuple[Request, float]] = field(default_factory=list)
 
@@ -104,8 +108,11 @@ def validate(
     said: Callable[[str], None] = lambda _: None,
     *,
     overhead: bool = False,
+    both_modes: bool = False,
 ) -> Validation:
     """Execute ``repeats`` times, and predict. A worker that dies ends it early; what was done is kept.
+
+    ``both_modes``: after each run by the wall clock, one with measured steps, that the two can be told apart.
 
     ``overhead``: of the steps, fitted to executions of other requests before, between and after those that are
     compared, at the pace that the machine then has (machines do not keep it). ``ConfigError`` for what cannot be
@@ -113,8 +120,12 @@ def validate(
     """
     if setup.events:
         raise ConfigError(f"{setup.scenario.where}: events: real machines have no made-up faults; leave them out")
+    if both_modes and (how.mode == "measured-step" or how.folder is not None):
+        raise ConfigError("--both-modes: the wall clock and measured steps, which draw weights; no --mode or --weights")
+    virtual = replace(how, mode="measured-step", emulate_links=False) if both_modes else None
     others = _others(setup) if overhead else None
     executed: list[Executed] = []
+    beside: list[Executed] = []
     probes: list[Probe] = []
     lost, ended = None, []
     source = Watched(setup.requests.source())
@@ -124,6 +135,9 @@ def validate(
             source = Watched(setup.requests.source())
             executed.append(_execute(setup, source, how, paced=overhead))
             said(f"run {number + 1} of {repeats}: {_told(executed[-1])}")
+            if virtual is not None:
+                beside.append(_execute(setup, Watched(setup.requests.source()), virtual, paced=overhead))
+                said(f"the same with measured steps: {_told(beside[-1])}")
         probes += [probe(others, how)] if others else []
     except ConfigError:
         raise
@@ -137,6 +151,7 @@ def validate(
         device=how.device,
         predicted=_simulate(setup, as_executed(setup.system, how.mode)),
         runs=[_with_replay(setup, one, how.mode) for one in executed],
+        measured_steps=[one.result for one in beside],
         lost=lost,
         ended=ended,
     )

@@ -35,22 +35,28 @@ def figures(found: Validation) -> list[dict[str, Any]]:
     """A row per metric and statistic: predicted, the median of the real runs, error of the one, noise of the others.
 
     ``error`` = predicted / median - 1; ``noise``: the farthest that a real run is from the median of all of them, as a
-    share of it; None with one run. Over requests that completed in every run.
+    share of it; None with one run. ``measured_steps``: the median of the executions with a virtual clock, ``apart``:
+    how far it is from that of the others. Over requests that completed in every run.
     """
     common = in_common(found)
-    results = [found.predicted, *(run.result for run in found.runs)]
-    rows = []
-    for metric in LATENCIES:
-        spreads = [distribution(result.columns[metric][_places(result, common)]) for result in results]
-        rows += [_row(metric, name, *(spread[name] for spread in spreads)) for name in STATISTICS]
-    rows += [_row(name, "", *(_whole(result)[name] for result in results)) for name in WHOLE]
-    return rows
+    values: dict[tuple[str, str], list[Any]] = {}
+    for result in _results(found):
+        for metric in LATENCIES:
+            spread = distribution(result.columns[metric][_places(result, common)])
+            for name in STATISTICS:
+                values.setdefault((metric, name), []).append(spread[name])
+        for metric, value in _whole(result).items():
+            values.setdefault((metric, ""), []).append(value)
+    return [_row(key, own, len(found.runs)) for key, own in values.items()]
+
+
+def _results(found: Validation) -> list[Result]:
+    return [found.predicted, *(run.result for run in found.runs), *found.measured_steps]
 
 
 def in_common(found: Validation) -> list[int]:
     """Ids of the requests that completed in the prediction and in every real run."""
-    sets = [_completed(result) for result in (found.predicted, *(run.result for run in found.runs))]
-    return sorted(set.intersection(*sets))
+    return sorted(set.intersection(*[_completed(result) for result in _results(found)]))
 
 
 def _completed(result: Result) -> set[int]:
@@ -71,15 +77,19 @@ def _whole(result: Result) -> dict[str, float]:
     }
 
 
-def _row(metric: str, statistic: str, predicted: Any, *real: Any) -> dict[str, Any]:
-    values = [float(value) for value in real if value is not None]
-    row = {"metric": metric, "statistic": statistic, "predicted": predicted, "real": None, "runs": values}
-    row |= {"error": None, "noise": None}
-    if values and predicted is not None:
-        row["real"] = middle = median(values)
+def _row(key: tuple[str, str], values: Sequence[Any], runs: int) -> dict[str, Any]:
+    """Of the values predicted, of so many runs, and of those with measured steps."""
+    predicted = values[0]
+    real = [float(value) for value in values[1 : 1 + runs] if value is not None]
+    virtual = [float(value) for value in values[1 + runs :] if value is not None]
+    row = {"metric": key[0], "statistic": key[1], "predicted": predicted, "real": None, "runs": real}
+    row |= {"error": None, "noise": None, "measured_steps": median(virtual) if virtual else None, "apart": None}
+    if real and predicted is not None:
+        row["real"] = middle = median(real)
         row["error"] = _error(predicted, middle)
-        if len(values) > 1:
-            row["noise"] = max(abs(value / middle - 1) for value in values) if middle else None
+        row["apart"] = _error(row["measured_steps"], middle) if virtual else None
+        if len(real) > 1:
+            row["noise"] = max(abs(value / middle - 1) for value in real) if middle else None
     return row
 
 

@@ -230,6 +230,22 @@ def test_tolerances_are_per_metric() -> None:
             tolerances([text])
 
 
+def test_measured_steps_stand_beside_the_wall_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = setup_of(tmp_path, COLOCATED)
+    runs = [setup_with(setup, factor) for factor in (1.0, 1.2, 1.1)]
+    found = Validation(
+        setup=setup, mode="wall-clock", device="cpu", predicted=setup.run(), runs=[real(run) for run in runs],
+        measured_steps=[setup_with(setup, factor) for factor in (2.0, 1.1, 1.32)],
+    )  # fmt: skip
+    rows = {(row["metric"], row["statistic"]): row for row in figures(found)}
+    assert rows["tpot_s", "mean"]["runs"] == [run.columns["tpot_s"].mean() for run in runs]
+    beside, real_s = (one.columns["tpot_s"].mean() for one in (found.measured_steps[2], runs[2]))
+    assert rows["tpot_s", "mean"]["measured_steps"] == beside
+    assert rows["tpot_s", "mean"]["apart"] == pytest.approx(beside / real_s - 1)
+    print_report(summary(found, {}, "it"))
+    assert "apart" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -263,6 +279,7 @@ def test_past_the_tolerance_the_command_fails(tmp_path: Path, capsys: pytest.Cap
         ({"events": [{"at_s": 1, "kind": "gpu_lost", "target": "n0.g0"}]}, [], "events: real machines have no made-up"),
         ({"overhead": {"step_s": 0.1}}, ["--overhead"], "has an overhead already"),
         ({}, ["--mode", "wall"], "mode: 'wall' is unknown"),
+        ({}, ["--both-modes"], "no --mode or --weights"),
         ({}, ["--minutes", "1", "--profile", "roofline"], "measure a profile or name one, not both"),
         ({}, ["--set", "system.engine.num_kv_blocks=null"], "num_kv_blocks: is not set"),
         ({}, ["--set", "system.engine.num_kv_blocks=999999999"], "GB are missing"),
@@ -288,7 +305,8 @@ def test_what_cannot_be_validated_is_one_line(
 def test_the_wall_clock_is_replayed_to_the_tick(tmp_path: Path) -> None:
     setup = setup_of(tmp_path, SPLIT, requests=40)
     how = Execution(mode="wall-clock", emulate_links=True)
-    found = validate(setup, how, repeats=2)
+    found = validate(setup, how, repeats=2, both_modes=True)
+    assert [len(result.rows.requests) for result in found.measured_steps] == [40, 40]
     parts = attribution(found)
     assert parts["scheduling"]["diverged"] == []
     assert parts["scheduling"]["largest_ttft_error"] < 0.01
