@@ -112,7 +112,8 @@ def validate(
 ) -> Validation:
     """Execute ``repeats`` times, and predict. A worker that dies ends it early; what was done is kept.
 
-    ``both_modes``: after each run by the wall clock, one with measured steps, that the two can be told apart.
+    ``both_modes``: after each run by the wall clock, one with measured steps, that the two can be told apart; with
+    ``overhead`` at the pace of the former.
 
     ``overhead``: of the steps, fitted to executions of other requests before, between and after those that are
     compared, at the pace that the machine then has (machines do not keep it). ``ConfigError`` for what cannot be
@@ -122,7 +123,6 @@ def validate(
         raise ConfigError(f"{setup.scenario.where}: events: real machines have no made-up faults; leave them out")
     if both_modes and (how.mode == "measured-step" or how.folder is not None):
         raise ConfigError("--both-modes: the wall clock and measured steps, which draw weights; no --mode or --weights")
-    virtual = replace(how, mode="measured-step", emulate_links=False) if both_modes else None
     others = _others(setup) if overhead else None
     executed: list[Executed] = []
     beside: list[Executed] = []
@@ -135,7 +135,8 @@ def validate(
             source = Watched(setup.requests.source())
             executed.append(_execute(setup, source, how, paced=overhead))
             said(f"run {number + 1} of {repeats}: {_told(executed[-1])}")
-            if virtual is not None:
+            if both_modes:
+                virtual = replace(how, mode="measured-step", emulate_links=False, reference_s=executed[-1].reference_s)
                 beside.append(_execute(setup, Watched(setup.requests.source()), virtual, paced=overhead))
                 said(f"the same with measured steps: {_told(beside[-1])}")
         probes += [probe(others, how)] if others else []

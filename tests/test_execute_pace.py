@@ -14,11 +14,14 @@ from calibrate.execute.architecture import Architecture  # noqa: E402
 from calibrate.execute.pace import Pace, mean_s  # noqa: E402
 from calibrate.execute.run import Execution, execute  # noqa: E402
 from calibrate.execute.stage import Stage  # noqa: E402
+from calibrate.execute.step_cost import MeasuredStage, MeasuredSteps  # noqa: E402
 from experiments.recorded_steps import StepPair  # noqa: E402
 from experiments.validate import Executed, Probe, at_pace  # noqa: E402
-from sim import SYSTEMS  # noqa: E402
+from sim import SYSTEMS, ConfigError  # noqa: E402
+from sim.types import Stage as StageSpec  # noqa: E402
+from sim.types import Work  # noqa: E402
 from tests.test_execute_measured import SMALL  # noqa: E402
-from tests.toys import Requests, problem, request, with_limits  # noqa: E402
+from tests.toys import Requests, cluster, problem, request, with_limits  # noqa: E402
 
 
 def test_a_reading_is_the_mean_of_the_products_and_not_too_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +29,7 @@ def test_a_reading_is_the_mean_of_the_products_and_not_too_frequent(monkeypatch:
     own = Pace(decoder)
     assert own.read() is None
     monkeypatch.setattr(pace, "EVERY_S", 0.0)
-    clock = iter([10.0, 10.0, 10.5, 10.5, 11.0])
+    clock = iter([10.0, 10.0, 10.5])
     monkeypatch.setattr(pace.time, "perf_counter", lambda: next(clock))
     own._read_s = 9.0
     assert own.read() == pytest.approx(0.5 / SMALL.num_layers)
@@ -50,6 +53,24 @@ def test_executions_hand_over_their_readings_where_they_are_wanted(mode: Any, mo
     assert readings
     assert all(0 < reading_s < 1 for reading_s in readings)
     assert [row.outcome for row in paced.rows.requests] == ["completed"] * 2
+
+
+def test_measured_steps_count_as_at_the_pace_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that takes 2 ms now, and one of 6 ms asked for: every step counts threefold."""
+    monkeypatch.setattr(Pace, "at_once", lambda self: 2e-3)
+    monkeypatch.setattr(Pace, "read", lambda self: None)
+    monkeypatch.setattr(MeasuredStage, "_run", lambda self, work: 0.1)
+    stage = StageSpec(name="s", gpus=("n0.g0",), first_layer=0, end_layer=SMALL.num_layers)
+    costs = [MeasuredSteps(paced=True, reference_s=reference_s) for reference_s in (6e-3, None)]
+    assert [cost.bind(SMALL, stage, cluster()).line(Work(((8, 0),), 0, 0)).first_ps for cost in costs] == [
+        3 * 10**11,
+        10**11,
+    ]
+
+
+def test_the_wall_clock_has_its_own_pace() -> None:
+    with pytest.raises(ConfigError, match="reference_s"):
+        Execution(mode="wall-clock", reference_s=1e-3)
 
 
 def executed(reference_s: float | None) -> Executed:

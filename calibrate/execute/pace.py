@@ -31,25 +31,22 @@ class Pace:
         self._cuda = decoder.device.startswith("cuda")
         rows = ROWS_GPU if self._cuda else ROWS_CPU
         self._rows = torch.ones(rows, decoder.arch.hidden_size, dtype=decoder.arch.torch_dtype, device=decoder.device)
-        self._time_s()  # loads kernels
-        self._read_s = time.perf_counter()
+        self.at_once()  # loads kernels
 
     def read(self) -> float | None:
-        """Seconds of a product, the mean of several; None if the last reading was less than ``EVERY_S`` ago."""
-        if time.perf_counter() - self._read_s < EVERY_S:
-            return None
-        found_s = self._time_s()
-        self._read_s = time.perf_counter()
-        return found_s
+        """As ``at_once``; None if the last reading was less than ``EVERY_S`` ago."""
+        return None if time.perf_counter() - self._read_s < EVERY_S else self.at_once()
 
     @torch.inference_mode()
-    def _time_s(self) -> float:
+    def at_once(self) -> float:
+        """Seconds of a product, the mean of several."""
         self._wait()
         started_s = time.perf_counter()
         for matrix in self._matrices:
             functional.linear(self._rows, matrix)
         self._wait()
-        return (time.perf_counter() - started_s) / len(self._matrices)
+        self._read_s = time.perf_counter()
+        return (self._read_s - started_s) / len(self._matrices)
 
     def _wait(self) -> None:
         if self._cuda:

@@ -34,10 +34,11 @@ Carrier = Literal["auto", "socket", "group"]
 class Execution:
     """How to execute. ``folder``: of a Hugging Face model, with its weights; None: weights drawn from the seed.
 
-    ``kv_blocks`` and ``memoise`` are for measured steps (see ``MeasuredSteps``), ``folder`` and ``emulate_links`` for
-    the wall clock (see ``Wall``). ``device``: cpu, cuda (workers take the GPUs in turn), or one as torch names it.
-    ``kv_carrier``: socket (through the host's memory), group (NCCL from GPU to GPU, gloo on the CPU), or auto: group
-    between GPUs unless ``emulate_links``, which only a socket can. Workers that share a GPU use sockets all the same.
+    ``kv_blocks``, ``memoise`` and ``reference_s`` are for measured steps (see ``MeasuredSteps``), ``folder`` and
+    ``emulate_links`` for the wall clock (see ``Wall``). ``device``: cpu, cuda (workers take the GPUs in turn), or one
+    as torch names it. ``kv_carrier``: socket (through the host's memory), group (NCCL from GPU to GPU, gloo on the
+    CPU), or auto: group between GPUs unless ``emulate_links``, which only a socket can. Workers that share a GPU use
+    sockets all the same.
     """
 
     mode: Mode = "measured-step"
@@ -45,6 +46,7 @@ class Execution:
     folder: str | None = None
     kv_blocks: int = 4096
     memoise: bool = False
+    reference_s: float | None = None
     emulate_links: bool = False
     kv_carrier: Carrier = "auto"
 
@@ -56,6 +58,8 @@ class Execution:
             raise ConfigError("kv_carrier: group: cannot be slowed down to emulated links; use socket, or real links")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device: {self.device!r}: torch sees no CUDA device here; use cpu")
+        if self.reference_s is not None and self.mode != "measured-step":
+            raise ConfigError(f"reference_s: {self.reference_s}: the wall clock has the pace that it has; leave it out")
         if self.folder is not None and self.mode != "wall-clock":
             raise ConfigError(f"folder: {self.folder!r}: measured steps draw their weights; leave it out")
 
@@ -108,7 +112,7 @@ def _with_measured_steps(
         torch.set_num_threads(1)  # as in a worker process
     cost = MeasuredSteps(
         device=how.device, kv_blocks=how.kv_blocks, block_size=system.limits.block_size, memoise=how.memoise,
-        seed=problem.seed, paced=readings is not None,
+        seed=problem.seed, paced=readings is not None or how.reference_s is not None, reference_s=how.reference_s,
     )  # fmt: skip
     timed = replace(system, transfer=lambda: _with_measured_codec(system.transfer(), problem, how.device))
     result = simulate(replace(problem, cost=cost), timed, source, step_by_step=True, **options)

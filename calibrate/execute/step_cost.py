@@ -19,7 +19,7 @@ from calibrate.execute.architecture import Architecture
 from calibrate.execute.decoder import Batch
 from calibrate.execute.graphs import bucket
 from calibrate.execute.layout import assemble
-from calibrate.execute.pace import Pace
+from calibrate.execute.pace import Pace, mean_s
 from calibrate.execute.stage import Stage, group_of
 from calibrate.kernels import dequantise_4bit, quantise_4bit
 from sim.cluster import Cluster
@@ -30,12 +30,16 @@ from sim.transfers import Quantized
 from sim.types import Chunk, Line, Move, Work, to_ps
 from sim.types import Stage as StageSpec
 
+RECENT = 10
+"""Readings of the pace that count as just now."""
+
 
 class MeasuredSteps:
     """Fits ``sim.cost.StepCost``. ``kv_blocks``: real blocks per stage; steps whose contexts need more reuse them.
 
     ``memoise``: a shape that ran before (contexts counted in blocks) is not run again. ``paced``: between steps, the
-    device's pace goes into ``readings`` (``pace.py``).
+    device's pace goes into ``readings`` (``pace.py``); given ``reference_s`` too, a step counts as long as it would
+    take where the product takes that.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class MeasuredSteps:
         memoise: bool = False,
         seed: int = 0,
         paced: bool = False,
+        reference_s: float | None = None,
     ) -> None:
         self.name = f"measured steps on {device}"
         self.device = device
@@ -55,8 +60,15 @@ class MeasuredSteps:
         self.memoise = memoise
         self.seed = seed
         self.paced = paced
+        self.reference_s = reference_s
         self.readings: list[float] = []
         self._built: dict[tuple[ModelSpec, int, bool, bool, int], MeasuredStage] = {}
+
+    @property
+    def factor(self) -> float:
+        """What makes a step of just now one at the pace that is asked for."""
+        now_s = mean_s(self.readings[-RECENT:])
+        return 1.0 if self.reference_s is None or now_s is None else self.reference_s / now_s
 
     def bind(self, model: ModelSpec, stage: StageSpec, cluster: Cluster, slow: float = 1.0) -> BoundStage:
         """Stages of the same shape share one set of weights. ``ConfigError`` if the model cannot be run here."""
@@ -98,6 +110,8 @@ class MeasuredStage:
         )  # fmt: skip
         self.executed = 0
         self._pace = Pace(self.stage.decoder) if steps.paced else None
+        if self._pace is not None:
+            steps.readings.append(self._pace.at_once())
         self._rng = np.random.default_rng(steps.seed)
         self._blocks = self._rng.permutation(np.arange(1, steps.kv_blocks + 1))
         self._warm: set[tuple[int, ...]] = set()
@@ -128,7 +142,7 @@ class MeasuredStage:
         reading_s = self._pace.read() if self._pace is not None else None
         if reading_s is not None:
             self.steps.readings.append(reading_s)
-        return seconds
+        return seconds * self.steps.factor
 
     def _run(self, work: Work) -> float:
         """From shapes to sampled tokens on the host, as a serving engine would pay for it."""
