@@ -201,10 +201,10 @@ def print_report(summary: Mapping[str, Any]) -> None:
 
     console = Console()
     what = f"{summary['name']}: {summary['system']} ({summary['mirrors']}), {summary['model']} on {summary['device']}"
-    table = Table(box=box.SIMPLE_HEAD, title=f"{what}, {summary['mode']}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{what}, {summary['mode']}", title_justify="left")
     table.add_column("metric", no_wrap=True)
     both = any(row["measured_steps"] is not None for row in summary["figures"])
-    for name in ("predicted", "real (median)", "error", "noise floor", *(("measured steps", "apart") if both else ())):
+    for name in ("predicted", "real (median)", "error", "noise floor", *(("stepped", "apart") if both else ())):
         table.add_column(name, justify="right")
     for row in summary["figures"]:
         table.add_row(
