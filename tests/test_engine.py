@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim import Cluster, ClusterEvent, Limits, Plan, PolicyError, Request, SimulationError, simulate
+from sim import Cluster, ClusterEvent, Limits, Plan, PolicyError, Request, SimulationError, StalledError, simulate
 from sim.batchers import PrefillFirst, TokenBudget
-from sim.policy import RequestView, View
+from sim.policy import Batch, RequestView, View
 from sim.predictors import ConstantLength, TrueLength
 from sim.types import Line, Reject, Route, Stage, Work
 from tests.lab import ONE, PIPELINE, SPLIT, TWO, Way, system
@@ -127,6 +127,37 @@ def test_whoever_preempts_itself_lets_in_what_has_arrived() -> None:
     assert [row.preemptions for row in result.rows.requests] == [1, 0]
     boundary = result.token_times_ps(0)[16]
     assert result.token_times_ps(1)[1] == boundary + decode_ps(17)
+
+
+def test_what_leaves_by_swap_delays_whoever_takes_its_room() -> None:
+    """The same, with the two blocks of the first going to the host."""
+    where = problem(cluster(2, 2))
+    limited = system(
+        lambda: PrefillFirst("swap", watermark=0), router=lambda: Way("p", "d"), num_kv_blocks=3, max_num_seqs=1
+    )
+    long = {"input_tokens": 16, "output_tokens": 20}
+    result = run(limited, [request(0, **long), request(1, **long)], where, plan=SPLIT)
+    bytes_per_s = where.cluster.capacity_bytes_per_s["pcie:n1.g0:in"]
+    swap = 5 * US + round(32 * TINY.kv_bytes_per_token() / bytes_per_s * 1e12)
+    assert [row.preemptions for row in result.rows.requests] == [1, 0]
+    assert result.token_times_ps(1)[1] == result.token_times_ps(0)[16] + swap + decode_ps(17)
+
+
+class Seesaw(TokenBudget):
+    """Swaps every decode out, and in and out again."""
+
+    def fill(self, batch: Batch) -> None:
+        if batch.swapped:
+            batch.swap_in(batch.swapped[0])
+        if batch.decoding:
+            batch.preempt(batch.decoding[0], "swap")
+        else:
+            super().fill(batch)
+
+
+def test_a_batcher_that_goes_round_in_circles_is_noticed() -> None:
+    with pytest.raises(StalledError, match="1 requests are unfinished"):
+        run(system(Seesaw), [request(0)], plan=ONE)
 
 
 # ------------------------------------------------------------ pipelines

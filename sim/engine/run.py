@@ -282,12 +282,13 @@ class Engine:
         swapped_blocks = 0
         while len(replica.flights) < replica.lanes:
             draft = Draft(replica, now_ps)
-            draft.swap_blocks = swapped_blocks
+            draft.swap_blocks, swapped_blocks = swapped_blocks, 0
+            here = len(replica.running) + len(replica.arrived)
             replica.batcher.fill(draft)
-            swapped_blocks = draft.swap_blocks if draft.empty else 0
             if draft.empty:
                 # whoever was preempted made room for others, and nothing else would bring the batcher back
-                if veil.lift(replica, now_ps) or draft.preempted:
+                if veil.lift(replica, now_ps) or len(replica.running) + len(replica.arrived) < here:
+                    swapped_blocks = draft.swap_blocks
                     continue
                 break
             flight, outside = launch(replica, draft, now_ps, self._swap_ps(replica, draft) if draft.swap_blocks else 0)
