@@ -12,10 +12,10 @@ import typer
 from calibrate.bench.device import Target, target
 from calibrate.bench.family import Runs
 from calibrate.bench.timer import timed
-from calibrate.execute.architecture import Architecture
-from calibrate.execute.cache import cache_bytes
+from calibrate.execute.model.architecture import Architecture
+from calibrate.execute.model.cache import cache_bytes
+from calibrate.execute.model.weights import num_bytes, tensors_of
 from calibrate.execute.step_cost import MeasuredStage, MeasuredSteps
-from calibrate.execute.weights import num_bytes, tensors_of
 from sim.model import model as find_model
 from sim.types import Work
 

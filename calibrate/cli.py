@@ -93,7 +93,7 @@ def calibrate(
 def _measure(settings: Settings, out: Path, *, restart: bool, force: bool, quiet: bool) -> None:
     from calibrate.measure import calibrate as measured
     from calibrate.measure import check, finish, journal_path
-    from calibrate.profile_file import write_profile
+    from calibrate.profile.file import write_profile
 
     if journal_path(out).exists() and not restart:
         _say(f"continues with what {journal_path(out)} holds", quiet)

@@ -34,7 +34,7 @@ def import_(
     network: Annotated[Path | None, typer.Option(metavar="DIR", help="vidur: folder that holds all_reduce.csv")] = None,
 ) -> None:
     """Turn another project's measurements into a profile."""
-    from calibrate.profile_file import write_profile
+    from calibrate.profile.file import write_profile
 
     profile = imported(format_, path, network)
     write_profile(profile, out)

@@ -12,7 +12,7 @@ import numpy as np
 
 from calibrate import fit
 from calibrate.fit import Floats
-from calibrate.samples import Samples
+from calibrate.profile.samples import Samples
 from sim.cost import Grid, ProfileEntry, Table
 from sim.model import ModelSpec
 from sim.types import ConfigError

@@ -22,7 +22,7 @@ from calibrate.bench.journal import Journal
 from calibrate.bench.runner import Measure, Measured, Progress, coarse_looks, run
 from calibrate.bench.shapes import Limits, Shard
 from calibrate.beside import Beside
-from calibrate.samples import Samples
+from calibrate.profile.samples import Samples
 from sim.cluster import gpu as find_gpu
 from sim.cost import Device, Profile, Provenance
 from sim.model import ModelSpec, model

@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
-from calibrate.profile_file import read_profile, shipped_profiles
-from experiments.rundir import write_json
+from calibrate.profile.file import read_profile, shipped_profiles
+from experiments.runs.rundir import write_json
 from sim.types import ConfigError
 
 HERE = Path(__file__).parent
@@ -147,7 +147,7 @@ def run_part(part: Part, share_s: float, limit_s: float) -> dict[str, Any]:
 
 def ratios_to_shipped(profile: Path, gpu: str) -> dict[str, Any]:
     """Median, least and largest ratio of each operator to the shipped profiles of this GPU, by profile."""
-    from calibrate.report import ratio_summary, ratios
+    from calibrate.profile.report import ratio_summary, ratios
 
     found: dict[str, Any] = {}
     for name, path in shipped_profiles().items():

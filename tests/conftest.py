@@ -22,7 +22,7 @@ def shared_data() -> Path:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """The config file of a model of two layers that calibrations of seconds measure."""
-    from tests.test_calibrate_points import TINY
+    from tests.calibrate.test_points import TINY
 
     path = tmp_path / "tiny" / "config.json"
     path.parent.mkdir()

@@ -19,10 +19,10 @@ from sim.planners.pools import Pool, Split
 from sim.planners.thunderserve import TabuSearch
 from sim.policy import View
 from sim.predictors import ConstantLength, TrueLength
-from sim.systems.distserve import ReplanOnShift
-from sim.systems.splitwise import Repurpose
-from sim.systems.tetriinfer import FlipIdle
-from sim.systems.thunderserve import Reschedule
+from sim.systems.split.distserve import ReplanOnShift
+from sim.systems.split.splitwise import Repurpose
+from sim.systems.split.tetriinfer import FlipIdle
+from sim.systems.split.thunderserve import Reschedule
 from sim.types import Change, Later, Load, Replica, Signal, Stage
 from tests.toys import ToyCost, cluster, problem, replica, run, with_limits
 

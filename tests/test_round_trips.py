@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.cli import main
-from experiments.request_log import requests_of
-from experiments.rundir import Run, read_run, write_run
-from experiments.vllm_bench import figures, of_run, read_bench, write_bench
+from experiments.runs.request_log import requests_of
+from experiments.runs.rundir import Run, read_run, write_run
+from experiments.runs.vllm_bench import figures, of_run, read_bench, write_bench
 from sim import SYSTEMS, Request, Result, System
 from sim.engine import simulate
 from sim.types import ConfigError, Slo

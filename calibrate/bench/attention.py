@@ -13,7 +13,7 @@ from calibrate import kernels
 from calibrate.bench.device import DTYPES, Target
 from calibrate.bench.family import Family, Part, Point, Runs
 from calibrate.bench.shapes import BLOCK_TOKENS, Limits, Shard, blocks
-from calibrate.execute.layout import similar_lengths
+from calibrate.execute.model.layout import similar_lengths
 
 LEAST_CHUNK_TOKENS = 16
 CHECKS = 6

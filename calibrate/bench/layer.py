@@ -13,7 +13,7 @@ from calibrate import kernels
 from calibrate.bench.device import DTYPES, Target
 from calibrate.bench.family import Family, Part, Point, Runs
 from calibrate.bench.shapes import BLOCK_TOKENS, Limits, Shard, blocks, linear_in
-from calibrate.execute.layout import assemble
+from calibrate.execute.model.layout import assemble
 from sim.model import Gemm
 
 ROPE_BASE, NORM_EPS = 10_000.0, 1e-6

@@ -19,11 +19,11 @@ from calibrate.bench.device import Target
 from calibrate.bench.family import Family, Part, Point, Runs
 from calibrate.bench.shapes import BLOCK_TOKENS, Limits, Shard, blocks
 from calibrate.beside import STEP
-from calibrate.execute.architecture import Architecture
-from calibrate.execute.cache import PagedKv, cache_bytes
-from calibrate.execute.decoder import Batch, Decoder
-from calibrate.execute.layout import assemble
-from calibrate.execute.weights import build, num_bytes
+from calibrate.execute.model.architecture import Architecture
+from calibrate.execute.model.cache import PagedKv, cache_bytes
+from calibrate.execute.model.decoder import Batch, Decoder
+from calibrate.execute.model.layout import assemble
+from calibrate.execute.model.weights import build, num_bytes
 from sim.types import ConfigError
 
 SEED = 11

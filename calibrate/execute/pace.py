@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from calibrate.execute.decoder import Decoder
+from calibrate.execute.model.decoder import Decoder
 
 EVERY_S = 1.0
 """Between two readings: they take a hundredth of the time or less."""

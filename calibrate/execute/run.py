@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from calibrate.execute.architecture import Architecture
-from calibrate.execute.crew import joins, worker_configs
-from calibrate.execute.fleet import Fleet
+from calibrate.execute.model.architecture import Architecture
 from calibrate.execute.step_cost import MeasuredCodec, MeasuredSteps
 from calibrate.execute.wall import ForPolicies, Wall
+from calibrate.execute.workers.crew import joins, worker_configs
+from calibrate.execute.workers.fleet import Fleet
 from sim.cluster import did_you_mean
 from sim.engine import simulate
 from sim.policy import Predictor, Problem, Source, System, Transfer, View

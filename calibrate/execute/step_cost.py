@@ -15,12 +15,12 @@ from math import ceil
 import numpy as np
 import torch
 
-from calibrate.execute.architecture import Architecture
-from calibrate.execute.decoder import Batch
-from calibrate.execute.graphs import bucket
-from calibrate.execute.layout import assemble
+from calibrate.execute.model.architecture import Architecture
+from calibrate.execute.model.decoder import Batch
+from calibrate.execute.model.graphs import bucket
+from calibrate.execute.model.layout import assemble
+from calibrate.execute.model.stage import Stage, group_of
 from calibrate.execute.pace import Pace, mean_s
-from calibrate.execute.stage import Stage, group_of
 from calibrate.kernels import dequantise_4bit, quantise_4bit
 from sim.cluster import Cluster
 from sim.cost import Roofline

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.execute.crew import Part, link_shares, parts_of, workers_of
-from calibrate.execute.fleet import Fleet, Word, WorkerLostError
+from calibrate.execute.workers.crew import Part, link_shares, parts_of, workers_of
+from calibrate.execute.workers.fleet import Fleet, Word, WorkerLostError
 from sim.cluster import Cluster, Path
 from sim.cost import StageCost, StepCost
 from sim.engine.clock import BOUNDARY, Alarm, Clock
-from sim.engine.job import Job
 from sim.engine.links import Flow
-from sim.engine.replica import Delivery, Flight, ReplicaState
+from sim.engine.replica.job import Job
+from sim.engine.replica.state import Delivery, Flight, ReplicaState
 from sim.model import ModelSpec
 from sim.types import PS_PER_S, ConfigError, Line, SimulationError, Stage, Work, to_ps
 

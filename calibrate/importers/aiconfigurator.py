@@ -26,8 +26,8 @@ import typer
 
 from calibrate import fit
 from calibrate.fit import Floats
-from calibrate.profile_file import write_profile
-from calibrate.scaling import BESIDE_CHUNKS, FLASH3
+from calibrate.profile.file import write_profile
+from calibrate.profile.scaling import BESIDE_CHUNKS, FLASH3
 from sim.cost import VLLM_GRAPHS, AttentionTable, GemmTable, Grid, HeldOut, Kernels, Profile, Provenance, Table
 from sim.types import ConfigError
 

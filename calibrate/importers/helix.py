@@ -21,7 +21,7 @@ import typer
 
 from calibrate import fit
 from calibrate.fit import Floats, Rows
-from calibrate.profile_file import write_profile
+from calibrate.profile.file import write_profile
 from sim.cluster import gpu
 from sim.cost import Grid, HeldOut, Profile, ProfileEntry, Provenance, Table
 from sim.model import ModelSpec

@@ -31,7 +31,7 @@ import yaml
 
 from calibrate import fit
 from calibrate.fit import Floats, Rows
-from calibrate.profile_file import write_profile
+from calibrate.profile.file import write_profile
 from sim.cost import VLLM_GRAPHS, Grid, HeldOut, Profile, ProfileEntry, Provenance, Table
 from sim.model import ModelSpec
 from sim.model import model as find_model

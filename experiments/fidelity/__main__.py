@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from experiments.fidelity import (
+from experiments.fidelity import report
+from experiments.fidelity.cases import (
     crossed,
     decode_steps,
     kv_bound,
@@ -19,7 +20,6 @@ from experiments.fidelity import (
     links,
     memory,
     placements,
-    report,
     served,
     tables,
 )

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.fidelity.metadata import Facts, read_facts
-from experiments.measured import read_measured
-from experiments.vllm_bench import Bench, read_bench
+from experiments.runs.vllm_bench import Bench, read_bench
+from experiments.validation.measured import read_measured
 from sim import Request
 from sim.types import ConfigError
 

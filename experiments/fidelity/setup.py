@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from calibrate.profile_file import read_profile, shipped_profiles
+from calibrate.profile.file import read_profile, shipped_profiles
 from sim import Limits, Problem, Request, Result, Workload, simulate
 from sim.cluster import Cluster
 from sim.cost import Fitted, Overhead, Profile

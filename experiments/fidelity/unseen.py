@@ -2,7 +2,7 @@
 
 Nothing is tuned: engine and machine are what the run's metadata says (``metadata.py``, with vLLM's defaults where it is
 silent), step times come from the shipped profiles, else from kernel tables of the GPU or of its relative
-(``calibrate/relatives.py``), and the processor's time is ``SYNCHRONOUS``, overlapped under asynchronous scheduling.
+(``calibrate/profile/relatives.py``), and the processor's time is ``SYNCHRONOUS``, overlapped under asynchronous scheduling.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from calibrate.profile_file import read_profile, shipped_profiles
-from calibrate.relatives import kernels_for
+from calibrate.profile.file import read_profile, shipped_profiles
+from calibrate.profile.relatives import kernels_for
 from experiments.fidelity.constants import SYNCHRONOUS
 from experiments.fidelity.metadata import V1, Facts
 from experiments.fidelity.recorded import RecordedRun, read_run
 from experiments.fidelity.report import rows_frame, table
 from experiments.fidelity.setup import Following, Recorded, run
 from experiments.fidelity.table import Row, Study
-from experiments.resolve import ENGINE
+from experiments.scenario.resolve import ENGINE
 from sim import Limits, Problem, Request, Result, Workload
 from sim.cluster import Cluster, Gpu
 from sim.cost import Overhead, Profile, Roofline
 from sim.memory import kv_blocks, runtime
 from sim.model import ModelSpec, model
 from sim.policy import System
-from sim.systems.vllm import vllm
+from sim.systems.schedulers.vllm import vllm
 from sim.types import ConfigError
 
 QUANTILES = (50, 90, 95, 99)

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from calibrate.report import Peaks
+from calibrate.profile.report import Peaks
 from experiments.plots.style import DASHES, GUIDE_COLOUR, RUN_COLOURS, Drawing, guide, log_ticks, styled
 
 BAND = 0.10
@@ -22,7 +22,7 @@ US, MS = 1e6, 1e3
 
 
 def predicted_against_measured(name: str, table: pd.DataFrame) -> Drawing:
-    """Every point that the fit did not see (``calibrate.report.predictions``), with a band of 10 %."""
+    """Every point that the fit did not see (``calibrate.profile.report.predictions``), with a band of 10 %."""
     operators = list(dict.fromkeys(table["operator"]))
     with styled():
         figure = Figure(figsize=(7.5, 5.5), layout="constrained")
@@ -44,7 +44,7 @@ def predicted_against_measured(name: str, table: pd.DataFrame) -> Drawing:
 
 
 def achieved_rates(name: str, table: pd.DataFrame, peaks: Peaks | None) -> Drawing:
-    """FLOP/s (above) and bytes/s (below) by arithmetic intensity (``calibrate.report.rates``), and the roof."""
+    """FLOP/s (above) and bytes/s (below) by arithmetic intensity (``calibrate.profile.report.rates``), and the roof."""
     with styled():
         figure = Figure(figsize=(7.5, 8), layout="constrained")
         upper, lower = figure.subplots(2, sharex=True)
@@ -69,7 +69,7 @@ def achieved_rates(name: str, table: pd.DataFrame, peaks: Peaks | None) -> Drawi
 
 
 def fitted_prices(name: str, table: pd.DataFrame) -> Drawing:
-    """What the profile says (``calibrate.report.prices``): a panel per operator, a line per model, TP degree and GPU.
+    """What the profile says (``calibrate.profile.report.prices``): a panel per operator, a line per model, TP degree and GPU.
 
     Grids show their least and their largest context. No more than twelve lines a panel are drawn; the table has all.
     """
@@ -94,7 +94,7 @@ def fitted_prices(name: str, table: pd.DataFrame) -> Drawing:
 
 
 def prices_over(name: str, other: str, table: pd.DataFrame) -> Drawing:
-    """One profile's times over another's (``calibrate.report.ratios``): a panel per model, a line per operator.
+    """One profile's times over another's (``calibrate.profile.report.ratios``): a panel per model, a line per operator.
 
     A line is the median over contexts, its band from the least to the most.
     """

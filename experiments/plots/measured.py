@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.plots.calibration import BAND
-from experiments.plots.latency import METRICS
+from experiments.plots.run.latency import METRICS
 from experiments.plots.style import GUIDE_COLOUR, RUN_COLOURS, Drawing, log_ticks, styled
 
 
 def request_scatter(name: str, table: pd.DataFrame) -> Drawing:
-    """A panel per latency (columns as in ``experiments.measured.Comparison.requests``), with a band of 10 %."""
+    """A panel per latency (columns as in ``experiments.validation.measured.Comparison.requests``), with a band of 10 %."""
     with styled():
         figure = Figure(figsize=(12, 4.4), layout="constrained")
         for axes, (title, label) in zip(figure.subplots(1, len(METRICS)), METRICS.values(), strict=True):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.plots.style import GUIDE_COLOUR, RUN_COLOURS, Drawing, guide, log_ticks, styled
-from experiments.rundir import Run
+from experiments.runs.rundir import Run
 from sim.types import Slo
 
 COLUMNS = {

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.plots.latency import METRICS
+from experiments.plots.run.latency import METRICS
 from experiments.plots.style import GUIDE_COLOUR, RUN_COLOURS, Drawing, log_ticks, percent, styled
 
 BAND = 0.10
@@ -20,7 +20,7 @@ KINDS = {"decode": "o", "prefill": "^", "mixed": "s"}
 def predicted_against_real(table: pd.DataFrame, title: str) -> Drawing:
     """A dot per request and metric; a bar from the least to the most of the real runs, the dot at their median.
 
-    ``table``: of ``experiments.validation_report.request_table``.
+    ``table``: of ``experiments.validation.validation_report.request_table``.
     """
     with styled():
         figure = Figure(figsize=(12, 4.4), layout="constrained")
@@ -63,7 +63,7 @@ def latency_distributions(table: pd.DataFrame, title: str) -> Drawing:
 
 
 def step_times(table: pd.DataFrame, title: str) -> Drawing:
-    """Every executed step beside what the latency model says of it (``experiments.validation_report.step_table``)."""
+    """Every executed step beside what the latency model says of it (``experiments.validation.validation_report.step_table``)."""
     kinds = np.select([table["prefill_tokens"] == 0, table["decode_seqs"] == 0], ["decode", "prefill"], default="mixed")
     with styled():
         figure = Figure(figsize=(6.5, 5.2), layout="constrained")

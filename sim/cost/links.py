@@ -4,7 +4,7 @@ Collectives over a link that was stated take the textbook's alpha-beta time. Ove
 take what serving engines of 2025 reach there: NCCL, and vLLM's own all-reduce, which has every GPU read its peers
 directly, for vectors below 8 MiB where NVLink joins the GPUs or there are only two.
 
-What they reach is ``Reached``, which ``experiments/fidelity/links.py`` fits and judges.
+What they reach is ``Reached``, which ``experiments/fidelity/cases/links.py`` fits and judges.
 """
 
 from __future__ import annotations

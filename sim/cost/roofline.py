@@ -18,7 +18,7 @@ COLLECTIVES_PER_LAYER = 2
 
 SUSTAINED = {"T4": 0.57, "L4": 0.58}
 """Share of the data sheet's FLOP/s that cards of 70 W hold: their clocks fall under load. Prompts of LLaMA-30B in
-Helix's tables (256 tokens and more); those of LLaMA-2-70B judge (experiments/fidelity/left_out.py)."""
+Helix's tables (256 tokens and more); those of LLaMA-2-70B judge (experiments/fidelity/cases/left_out.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from sim.cluster import Path
 from sim.engine.clock import Alarm, Clock
 from sim.engine.links import Flow
-from sim.engine.replica import Flight, ReplicaState
+from sim.engine.replica.state import Flight, ReplicaState
 
 
 class Hardware(Protocol):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sim.cluster import Cluster
-from sim.engine.job import Job
-from sim.engine.replica import Flight, ReplicaState
+from sim.engine.replica.job import Job
+from sim.engine.replica.state import Flight, ReplicaState
 from sim.record import Recorder, ReplicaRow, RequestRow
 from sim.types import Outcome, to_s
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 
 from sim.cluster import Path
 from sim.engine.clock import Alarm
-from sim.engine.flight import blocks_to_come
-from sim.engine.job import Job
-from sim.engine.replica import Delivery, Flight, ReplicaState
+from sim.engine.replica.flight import blocks_to_come
+from sim.engine.replica.job import Job
+from sim.engine.replica.state import Delivery, Flight, ReplicaState
 from sim.types import Move, PolicyError, Reject, to_ps
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
-from sim.engine.job import Job
-from sim.engine.replica import ReplicaState
+from sim.engine.replica.job import Job
+from sim.engine.replica.state import ReplicaState
 from sim.policy import Limits, RequestView
 from sim.types import PolicyError, Role, Work, to_s
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from sim.cost import StageCost
 from sim.engine.clock import BOUNDARY, Alarm
-from sim.engine.job import Job
 from sim.engine.links import Links
 from sim.engine.node import Hop, Journey, Node, NodeDraft
-from sim.engine.replica import Flight
+from sim.engine.replica.job import Job
+from sim.engine.replica.state import Flight
 from sim.record import ON_THE_WAY
 from sim.types import ConfigError, Line, PolicyError, Route, Work, to_ps
 

@@ -15,18 +15,18 @@ from operator import itemgetter
 
 import numpy as np
 
-from sim.engine.batch import Draft
-from sim.engine.changes import Changes
+from sim.engine.change.changes import Changes
 from sim.engine.clock import ARRIVAL, BOUNDARY, Alarm, Clock
-from sim.engine.flight import extend, launch, reoccupy_stages
 from sim.engine.hardware import Hardware
-from sim.engine.job import Job, block_hashes
 from sim.engine.links import Links
 from sim.engine.log import log_flight, log_replica, request_row
 from sim.engine.moves import Moves
 from sim.engine.node import Node
 from sim.engine.paths import Paths
-from sim.engine.replica import Flight, ReplicaState
+from sim.engine.replica.batch import Draft
+from sim.engine.replica.flight import extend, launch, reoccupy_stages
+from sim.engine.replica.job import Job, block_hashes
+from sim.engine.replica.state import Flight, ReplicaState
 from sim.engine.setup import build_replica, check_plan
 from sim.engine.view import SystemView
 from sim.policy import Predictor, Problem, Source, System

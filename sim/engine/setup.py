@@ -9,7 +9,7 @@ from functools import cache
 from sim.cost import StageCost, StepCost
 from sim.engine.clock import Clock
 from sim.engine.node import Node
-from sim.engine.replica import ReplicaState
+from sim.engine.replica.state import ReplicaState
 from sim.memory import Ledger, kv_blocks, kv_bytes_available
 from sim.policy import Batcher, Limits, Problem
 from sim.types import ConfigError, Plan, Replica, Stage, to_ps

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sim.engine.clock import Clock
-from sim.engine.replica import ReplicaState
+from sim.engine.replica.state import ReplicaState
 from sim.policy import Problem, Workload
 from sim.types import Plan, PolicyError, Role, to_ps, to_s
 

@@ -8,24 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sim.policy import System
-from sim.systems.alpaserve import alpaserve
-from sim.systems.dejavu import dejavu
-from sim.systems.distserve import distserve
-from sim.systems.exegpt import exegpt
-from sim.systems.fastertransformer import fastertransformer
-from sim.systems.helix import helix
-from sim.systems.hexgen import hexgen
-from sim.systems.hexgen2 import hexgen2
-from sim.systems.melange import melange
-from sim.systems.metis import metis
-from sim.systems.orca import orca
-from sim.systems.sarathi import sarathi
-from sim.systems.sarathi_serve import sarathi_serve
-from sim.systems.splitwise import splitwise
-from sim.systems.spotserve import spotserve
-from sim.systems.tetriinfer import tetriinfer
-from sim.systems.thunderserve import thunderserve
-from sim.systems.vllm import vllm
+from sim.systems.placements.alpaserve import alpaserve
+from sim.systems.placements.exegpt import exegpt
+from sim.systems.placements.helix import helix
+from sim.systems.placements.hexgen import hexgen
+from sim.systems.placements.melange import melange
+from sim.systems.placements.metis import metis
+from sim.systems.placements.spotserve import spotserve
+from sim.systems.schedulers.dejavu import dejavu
+from sim.systems.schedulers.fastertransformer import fastertransformer
+from sim.systems.schedulers.orca import orca
+from sim.systems.schedulers.sarathi import sarathi
+from sim.systems.schedulers.sarathi_serve import sarathi_serve
+from sim.systems.schedulers.vllm import vllm
+from sim.systems.split.distserve import distserve
+from sim.systems.split.hexgen2 import hexgen2
+from sim.systems.split.splitwise import splitwise
+from sim.systems.split.tetriinfer import tetriinfer
+from sim.systems.split.thunderserve import thunderserve
 
 SYSTEMS: dict[str, Callable[..., System]] = {
     "vllm": vllm,

@@ -1,0 +1,5 @@
+"""``python -m experiments.cli``: the command ``phasewise``."""
+
+from experiments.cli.app import main
+
+main()

@@ -1,0 +1,211 @@
+"""Goodput of a scenario's systems: the highest rate within the SLO, and the attainment around it.
+
+``search`` finds the rates on any ``concurrent.futures`` executor, ``curve`` replays rates around them, ``save_goodput``
+writes the lot. The bisection is in ``sim.goodput``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from math import ceil, inf, log2
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.runs.rundir import MARK, environment, whole_folder, write_json
+from experiments.scenario.file import Scenario
+from experiments.scenario.resolve import Setup, resolve
+from experiments.sweeps.sweep import means
+from sim.goodput import CRITERIA, HALVINGS, Criterion, Goodput, attained, goodput
+from sim.metrics import BOUNDS, attainment
+from sim.types import ConfigError, Slo
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AROUND = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
+"""Rates of the curve, over the goodput."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is asked for. ``target`` and ``max_rate_per_s``: None for the SLO's, and for what the trace allows."""
+
+    target: float | None = None
+    criterion: Criterion = "joint"
+    seeds: int = 3
+    tolerance: float = 0.02
+    max_rate_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise ConfigError(f"--criterion {self.criterion}: must be {' or '.join(CRITERIA)}")
+        for name, value, most in (("target", self.target, 1), ("max-rate", self.max_rate_per_s, inf)):
+            if value is not None and not 0 < value <= most:
+                raise ConfigError(f"--{name} {value:g}: must be greater than 0" + (" and at most 1" * (most == 1)))
+        if not 0 < self.tolerance < 1 or self.seeds < 1:
+            raise ConfigError(
+                f"--tolerance {self.tolerance:g} --seeds {self.seeds}: give a share between 0 and 1, and a seed"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """The scenario at any rate and seed; what crosses to another process."""
+
+    scenario: Scenario
+    criterion: Criterion
+
+    def __call__(self, rate_per_s: float, seed: int) -> float:
+        setup = self._setup(rate_per_s, seed)
+        return attained(setup.run().columns, setup.problem.slo, self.criterion)
+
+    def row(self, rate_per_s: float, seed: int) -> dict[str, float | None]:
+        """Attainment jointly, by bound and by the criterion."""
+        setup = self._setup(rate_per_s, seed)
+        columns, slo = setup.run().columns, setup.problem.slo
+        shares = attainment(columns, slo)
+        return {"rate_per_s": rate_per_s, "seed": seed, **shares, "judged": attained(columns, slo, self.criterion)}
+
+    def quantiles(self, rate_per_s: float, seed: int, share: float) -> dict[str, float]:
+        """Each bounded latency that ``share`` of the requests keep; infinite where fewer completed."""
+        setup = self._setup(rate_per_s, seed)
+        columns = setup.run().columns
+        done = columns["outcome"] == "completed"
+        found = {}
+        for bound in BOUNDS:
+            if getattr(setup.problem.slo, f"{bound}_s") is not None:
+                values = columns[f"{bound}_s"]
+                kept = np.where(done, values, inf)[~(done & np.isnan(values))]
+                found[bound] = float(np.quantile(kept, share, method="higher")) if kept.size else 0.0
+        return found
+
+    def _setup(self, rate_per_s: float, seed: int) -> Setup:
+        return resolve(self.scenario.at(rate_per_s=rate_per_s, seed=seed))
+
+
+# ---------------------------------------------------------------- the search
+
+
+def search(
+    scenario: Scenario, settings: Settings, executor: Executor, done: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Any], Goodput]:
+    """One system's row of the table, and everything that was tried.
+
+    A row without a rate has the ``reason``. ``ConfigError`` if the SLO is absent or the trace too short to tell.
+    """
+    setup = resolve(scenario)
+    target = settings.target or setup.problem.slo.attainment
+    life_s, count = longest_s(setup), sum(1 for _ in setup.requests)
+    allowed = count / life_s
+    high = settings.max_rate_per_s or allowed
+    if high > allowed:
+        raise ConfigError(f"--max-rate {high:g}: {_too_short(count, high, life_s)}")
+    start = min(setup.problem.workload.rate_per_s, high)
+    replay = Replay(scenario=scenario, criterion=settings.criterion)
+    seeds = range(scenario.seed, scenario.seed + settings.seeds)
+    found = goodput(
+        replay, target=target, seeds=seeds, start=start, high=high,
+        tolerance=settings.tolerance, executor=executor, done=done,
+    )  # fmt: skip
+    rates = found.by_seed.values()
+    if settings.max_rate_per_s is None and max(rates) >= high:
+        raise ConfigError(f"{scenario.where}: {target:.0%} is reached even when {_too_short(count, high, life_s)}")
+    reason = None if any(rates) else _why_not(replay, start / 2**HALVINGS, target, setup.problem.slo)
+    return {**_row(setup, found, target, settings.criterion, high), "reason": reason}, found
+
+
+def longest_s(setup: Setup) -> float:
+    """Seconds that a request of mean length may take within the SLO."""
+    slo, mean = setup.problem.slo, setup.problem.workload.mean_output_tokens
+    if (slo.ttft_s, slo.tpot_s, slo.e2e_s) == (None, None, None):
+        raise ConfigError(
+            f"{setup.scenario.where}: slo: it bounds nothing, so there is no goodput; set slo.ttft_s, tpot_s or e2e_s"
+        )
+    by_parts = (slo.ttft_s or 0.0) + (slo.tpot_s or 0.0) * max(0.0, mean - 1)
+    return by_parts if slo.e2e_s is None else min(slo.e2e_s, by_parts or inf)
+
+
+def _too_short(count: int, rate_per_s: float, longest_s: float) -> str:
+    return (
+        f"the trace's {count:,} requests arrive within {count / rate_per_s:.3g} s (at {rate_per_s:.4g} requests/s), no "
+        f"longer than the {longest_s:.3g} s that one may take; it is too short: give more requests "
+        "(workload.limit, generate.requests)"
+    )
+
+
+def _why_not(replay: Replay, lowest: float, target: float, slo: Slo) -> str:
+    """Nothing passes: what the requests need when they hardly meet."""
+    alone = replay.quantiles(lowest, replay.scenario.seed, target)
+    parts = [
+        f"{bound.upper()} {'is never reached' if value == inf else f'{value:.4g} s'} "
+        f"(SLO {getattr(slo, f'{bound}_s'):g} s)"
+        for bound, value in alone.items()
+    ]
+    return f"not reached even at {lowest:.3g} requests/s, where {target:.0%} of the requests keep {', '.join(parts)}"
+
+
+def _row(setup: Setup, found: Goodput, target: float, criterion: Criterion, high: float) -> dict[str, Any]:
+    rate, usd_per_hour = found.rate.mean, setup.usd_per_hour
+    served = rate > 0
+    return {
+        "target": target,
+        "criterion": criterion,
+        "rate_per_s": rate if served else None,
+        "half_width_per_s": found.rate.half_width if served else None,
+        "seeds": found.rate.runs,
+        "at_least": served and min(found.by_seed.values()) >= high,
+        "rate_per_s_per_gpu": rate / len(setup.problem.cluster.gpu_ids) if served else None,
+        "requests_per_usd": rate * 3600 / usd_per_hour if served and usd_per_hour else None,
+    }
+
+
+def most_trials(settings: Settings) -> int:
+    """About as many as a search of one system makes, for a progress bar."""
+    return settings.seeds * (4 + ceil(log2(1 / settings.tolerance)))
+
+
+# ---------------------------------------------------------------- around it
+
+
+def curve(
+    scenario: Scenario, rate_per_s: float, settings: Settings, executor: Executor,
+    done: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Attainment at shares and multiples of a rate, with every seed: a row a run."""
+    replay = Replay(scenario=scenario, criterion=settings.criterion)
+    seeds = range(scenario.seed, scenario.seed + settings.seeds)
+    futures = [executor.submit(replay.row, rate_per_s * share, seed) for share in AROUND for seed in seeds]
+    rows = []
+    for future in futures:
+        rows.append(future.result())
+        done()
+    return rows
+
+
+def save_goodput(
+    folder: Path,
+    title: str,
+    scenario: Scenario,
+    rows: Sequence[Mapping[str, Any]],
+    found: Mapping[str, Goodput],
+    around: pd.DataFrame,
+) -> None:
+    """Write goodput.csv, trials.csv, runs.csv, curve.csv with its plot, scenario, environment and summary.json."""
+    import pandas as pd
+
+    from experiments.plots.goodput import goodput_curves
+    from experiments.plots.style import save
+
+    trials = [{"system": label, **trial._asdict()} for label, one in found.items() for trial in one.trials]
+    with whole_folder(folder) as new:
+        for name, table in (("goodput", pd.DataFrame(rows)), ("trials", pd.DataFrame(trials)), ("runs", around)):
+            table.to_csv(new / f"{name}.csv", index=False, lineterminator="\n")
+        if len(around):
+            save(goodput_curves(means(around), rows), new, "curve")
+        new.joinpath("scenario.yaml").write_text(scenario.to_yaml(), encoding="utf-8")
+        write_json(new / "environment.json", environment())
+        write_json(new / MARK, {"name": title, "goodput": list(rows)})

@@ -1,0 +1,130 @@
+"""One scenario under several systems: which, their runs, and the directory that keeps them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.runs.progress import Log
+from experiments.runs.rundir import (
+    MARK,
+    Run,
+    check_run,
+    environment,
+    read_run,
+    whole_folder,
+    write_json,
+    write_run_files,
+)
+from experiments.runs.tables import METRICS, comparison_json
+from experiments.scenario.file import Scenario, VariantSpec
+from experiments.scenario.resolve import resolve
+from sim.cluster import did_you_mean
+from sim.systems import SYSTEMS
+from sim.types import ConfigError, InfeasibleError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from experiments.plots.run.timeline import Window
+
+
+def variants(scenario: Scenario, systems: str | None = None) -> dict[str, Scenario]:
+    """Label -> scenario. A label is an entry of the scenario's ``compare``, the scenario's own system, or any system.
+
+    ``systems`` picks, comma-separated; without it all entries of ``compare``, else every system there is.
+    """
+    known: dict[str, VariantSpec] = {name: VariantSpec() for name in SYSTEMS}
+    known |= {scenario.system.name: scenario.system, **scenario.compare}
+    labels = [label.strip() for label in systems.split(",") if label.strip()] if systems is not None else None
+    chosen = labels if labels is not None else list(scenario.compare) or list(SYSTEMS)
+    if not chosen:
+        raise ConfigError("--systems: it names no system; 'phasewise systems' lists them")
+    for label in chosen:
+        if label not in known:
+            raise ConfigError(f"--systems: {did_you_mean(label, known)}")
+    return {label: scenario.variant(label, known[label]) for label in dict.fromkeys(chosen)}
+
+
+def run_all(
+    chosen: Mapping[str, Scenario], log: Log, *, step_by_step: bool = False
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Simulate each; all are resolved first, so that a mistake in the last one is found before the first runs.
+
+    Returns the runs, and why others are left out: their planners found nothing. ``InfeasibleError`` if all are.
+    """
+    setups = {label: resolve(scenario) for label, scenario in chosen.items()}
+    runs: dict[str, Run] = {}
+    left_out: dict[str, str] = {}
+    for number, (label, setup) in enumerate(setups.items(), start=1):
+        try:
+            with log.counting(label) as progress:
+                result = setup.run(step_by_step=step_by_step, progress=progress)
+        except InfeasibleError as error:
+            if number == len(setups) and not runs:
+                raise
+            left_out[label] = str(error)
+            continue
+        log.say(f"{label}: {len(result.columns['request']):,} requests simulated in {result.wall_s:.1f} s")
+        runs[label] = Run.of(label, result, {"name": label, **setup.summary(result)})
+    return runs, left_out
+
+
+def save_comparison(
+    folder: Path, title: str, chosen: Mapping[str, Scenario], runs: Mapping[str, Run], left_out: Mapping[str, str]
+) -> None:
+    """Write a run directory per system, figures with their CSVs, comparison.csv and summary.json: all or nothing."""
+    from experiments.plots.run.gallery import save_all
+
+    summaries = {label: run.summary for label, run in runs.items()}
+    with whole_folder(folder) as new:
+        for label, run in runs.items():
+            new.joinpath(_folder_name(label)).mkdir()
+            write_run_files(new / _folder_name(label), run, chosen[label].to_yaml())
+        save_all(runs, new, name=title)
+        _metric_table(summaries).to_csv(new / "comparison.csv", index=False, lineterminator="\n")
+        write_json(new / "environment.json", environment())
+        folders = {label: _folder_name(label) for label in runs}
+        write_json(new / MARK, {"name": title, "runs": folders, **comparison_json(summaries, left_out)})
+
+
+def draw(run_dir: Path, out: Path | None, from_s: float | None, to_s: float | None) -> list[Path]:
+    """Every figure of a run directory or a comparison, into ``out``; returns the files."""
+    from experiments.plots.run.gallery import save_all
+
+    check_run(run_dir)
+    window = _window(from_s, to_s)
+    summary = json.loads(run_dir.joinpath(MARK).read_text(encoding="utf-8"))
+    if "runs" in summary:
+        runs = {label: read_run(run_dir / name) for label, name in summary["runs"].items()}
+    else:
+        run = read_run(run_dir)
+        runs = {run.summary["system"]: run}
+    folder = out or (run_dir if "runs" in summary else run_dir / "plots")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return save_all(runs, folder, name=summary.get("name") or run_dir.name, window_s=window)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written to: {error.strerror}; name another with --out") from None
+
+
+def _window(from_s: float | None, to_s: float | None) -> Window | None:
+    if from_s is None and to_s is None:
+        return None
+    if from_s is None or to_s is None or not 0 <= from_s < to_s < inf:
+        raise ConfigError(f"--from {from_s} --to {to_s}: give both, in seconds, the second greater")
+    return (from_s, to_s)
+
+
+def _metric_table(summaries: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [{"metric": metric.name, **{label: metric.value(s) for label, s in summaries.items()}} for metric in METRICS]
+    return pd.DataFrame(rows)
+
+
+def _folder_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in label).lstrip(".") or "run"

@@ -1,0 +1,5 @@
+"""``python -m experiments.studies.exegpt``."""
+
+from experiments.studies.exegpt.study import main
+
+main()

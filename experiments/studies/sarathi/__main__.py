@@ -1,0 +1,5 @@
+"""``python -m experiments.studies.sarathi``."""
+
+from experiments.studies.sarathi.study import STUDY
+
+STUDY.main()

@@ -1,0 +1,5 @@
+"""``python -m experiments.studies.spotserve``."""
+
+from experiments.studies.spotserve.study import STUDY
+
+STUDY.main()

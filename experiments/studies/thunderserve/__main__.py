@@ -1,0 +1,5 @@
+"""``python -m experiments.studies.thunderserve``."""
+
+from experiments.studies.thunderserve.study import main
+
+main()
