@@ -61,8 +61,8 @@ TABLES = (
 """Operators that a profile also has as tables of their own, by name."""
 
 GRAPHS = Graphs(sizes=tuple(1 << power for power in range(9)), block_tokens=BLOCK_TOKENS)
-"""Of our engine (``calibrate.execute.model.graphs``): decode steps of up to 256 sequences, padded to powers of two. Their
-groups of similar contexts are measured as they are; a graph holds one group, padded to its longest."""
+"""Of our engine (``calibrate.execute.model.graphs``): decode steps of up to 256 sequences, padded to powers of two.
+Their groups of similar contexts are measured as they are; a graph holds one group, padded to its longest."""
 
 Traffic = Mapping[Key, tuple[float | None, float | None]]
 """(FLOPs, bytes) of one run."""

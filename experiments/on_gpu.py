@@ -24,7 +24,7 @@ from calibrate.profile.file import read_profile, shipped_profiles
 from experiments.runs.rundir import write_json
 from sim.types import ConfigError
 
-HERE = Path(__file__).parent
+SCENARIOS = Path(__file__).parent / "validation" / "scenarios"
 PHASEWISE = [sys.executable, "-m", "experiments.cli"]
 LEAST_S = 20.0
 """A part is not begun with less."""
@@ -99,7 +99,7 @@ def _validation(
     short = {"workload.generate.input": {"uniform": [16, 48]}, "workload.generate.output": {"uniform": [4, 8]}}
     sets = {"model": model, "accept_error": 10, **sets, **(short if device == "cpu" else {})}
     changes = [text for key, value in sets.items() for text in ("--set", f"{key}={json.dumps(value)}")]
-    command = [*PHASEWISE, "validate", str(HERE / scenario), "--device", device, "--overhead", "--json", "--quiet",
+    command = [*PHASEWISE, "validate", str(SCENARIOS / scenario), "--device", device, "--overhead", "--json", "--quiet",
                "--profile", str(_profile(work, model)), "--repeats", str(repeats), "--out", str(work / name), *more,
                *changes]  # fmt: skip
     return Part(name=name, command=command, weight=2.5)

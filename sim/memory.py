@@ -59,7 +59,8 @@ RUNTIMES = (
 """By vLLM's first release that it holds for. Up to 0.16: llm-d/llm-d-benchmark 2593348,
 empirical-vllm-memory-results.md (H100). From 0.17 on: Llama-3.1-8B and Qwen2.5-7B at TP 1 and 2 in jgchn/llm-d-planner
 30ec05f, accuracy/results/v0.19.0 (H100), and its report's Qwen3-14B by release. Graphs: the same runs' median; set
-aside from 0.21 on (vllm-project/vllm 30515, 45178). ``experiments/fidelity/cases/memory.py`` judges all by other servers."""
+aside from 0.21 on (vllm-project/vllm 30515, 45178). ``experiments/fidelity/cases/memory.py``
+judges all by other servers."""
 LATEST = (0, 19)
 """The release that stands for vLLM where none is named: the kernel tables are of it."""
 

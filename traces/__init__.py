@@ -13,8 +13,9 @@ Everything is a stream of ``sim.types.Request`` in order of arrival, with ids 0,
 
 from traces.arrivals import ARRIVALS, arrival_times, settings_of
 from traces.events import gpu_failures, read_events, spot_notices, write_events
-from traces.fetch import PUBLIC_TRACES, PublicTrace, fetch
+from traces.fetch import fetch
 from traces.formats import FORMATS, guess_format
+from traces.public import PUBLIC_TRACES, PublicTrace
 from traces.reader import TraceReader, read
 from traces.sample import make_sample, sample_path
 from traces.source import Chains, ClosedLoop, Sessions, TraceSource, unroll

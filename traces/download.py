@@ -7,13 +7,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sim.types import ConfigError
+from traces.public import PublicTrace
 from traces.table import Progress
-
-if TYPE_CHECKING:
-    from traces.fetch import PublicTrace
 
 ATTEMPTS = 5  # requests to the server in one call, of which each must bring bytes
 CHUNK_BYTES = 2**16

@@ -43,7 +43,7 @@ OPERATORS: Mapping[str, type[Table] | type[Grid]] = {
     "attention_decode": Grid,
     "attention_mixed": Grid,
 }
-FOLDER = Path(__file__).with_name("profiles")
+FOLDER = Path(__file__).with_name("shipped")
 
 
 def shipped_profiles() -> dict[str, Path]:
@@ -64,6 +64,18 @@ def read_profile(path: str | Path) -> Profile:
         data = checked(data, path)
     try:
         return _profile(_tuples({name: part for name, part in data.items() if name != "samples"}))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_samples(path: str | Path) -> tuple[Samples, ...]:
+    """The raw measurements of a profile file; empty if it has none. ``ConfigError`` as ``read_profile`` gives it."""
+    from calibrate.profile.schema import checked
+
+    path = Path(path)
+    rows = checked(read_data(path), path)["samples"]
+    try:
+        return tuple(Samples(**row) for row in rows)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -54,19 +53,6 @@ class Samples:
         """Where each point lies: the value on every axis."""
         for values in zip(*self.axes.values(), strict=True):
             yield dict(zip(self.axes, values, strict=True))
-
-
-def read_samples(path: str | Path) -> tuple[Samples, ...]:
-    """The raw measurements of a profile file; empty if it has none. ``ConfigError`` as ``read_profile`` gives it."""
-    from calibrate.profile.file import read_data
-    from calibrate.profile.schema import checked
-
-    path = Path(path)
-    rows = checked(read_data(path), path)["samples"]
-    try:
-        return tuple(Samples(**row) for row in rows)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def samples_data(samples: tuple[Samples, ...]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """How fast the engine is: requests per second of whole process and of engine, against its own step-by-step mode.
 
-``python -m experiments.benchmarks.bench_engine [TRACE]`` replays a trace (the Azure conversation CSV, or as many requests
-resampled from the shipped sample) on Llama-2-70B over 4 prefill and 4 decode replicas of 4 H100 each, at low load
-and near saturation. Every figure comes from this one run; the ratios are the sturdier ones on a shared machine.
+``python -m experiments.benchmarks.bench_engine [TRACE]`` replays a trace (the Azure conversation CSV, or as many
+requests resampled from the shipped sample) on Llama-2-70B over 4 prefill and 4 decode replicas of 4 H100 each, at low
+load and near saturation. Every figure comes from this one run; the ratios are the sturdier ones on a shared machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How fast the planners are: seconds of a plan and of a lightweight re-plan, and evaluations per second.
 
-``python -m experiments.benchmarks.bench_plan`` plans LLaMA-30B on 32 mixed GPUs of four types, and with ``--large`` on 128; the
-figures are of one run on whatever else the machine does.
+``python -m experiments.benchmarks.bench_plan`` plans LLaMA-30B on 32 mixed GPUs of four types and with ``--large`` on
+128; the figures are of one run on whatever else the machine does.
 """
 
 from __future__ import annotations

@@ -51,8 +51,7 @@ def report(
 
 
 def _found(name: str) -> tuple[Profile, tuple[Samples, ...]]:
-    from calibrate.profile.file import read_profile, shipped_profiles
-    from calibrate.profile.samples import read_samples
+    from calibrate.profile.file import read_profile, read_samples, shipped_profiles
     from sim.cluster import did_you_mean
     from sim.types import ConfigError
 

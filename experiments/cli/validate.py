@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 if TYPE_CHECKING:
-    from calibrate.execute.run import Execution, Mode
+    from calibrate.execute.how import Execution, Mode
     from experiments.runs.progress import Log
     from experiments.scenario.file import Scenario
     from experiments.scenario.resolve import Setup
@@ -127,7 +127,7 @@ def tolerances(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _execution(setup: Setup, mode: str, device: str, weights: str | None, *, emulate_links: bool) -> Execution:
-    from calibrate.execute.run import Execution
+    from calibrate.execute.how import Execution
     from sim.types import ConfigError
 
     if setup.system.limits.num_kv_blocks is None and device == "cpu":

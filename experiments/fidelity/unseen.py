@@ -2,7 +2,8 @@
 
 Nothing is tuned: engine and machine are what the run's metadata says (``metadata.py``, with vLLM's defaults where it is
 silent), step times come from the shipped profiles, else from kernel tables of the GPU or of its relative
-(``calibrate/profile/relatives.py``), and the processor's time is ``SYNCHRONOUS``, overlapped under asynchronous scheduling.
+(``calibrate/profile/relatives.py``), and the processor's time is ``SYNCHRONOUS``,
+overlapped under asynchronous scheduling.
 """
 
 from __future__ import annotations

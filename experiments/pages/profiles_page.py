@@ -48,8 +48,8 @@ measurements to test it on.
 WITHOUT = """\
 ## GPU types without a profile
 
-Nobody's public kernel times are at hand for these. Scaled from a related one's by `calibrate/profile/relatives.py`, for models
-that no profile above has on them:
+Nobody's public kernel times are at hand for these. Scaled from a related one's by `calibrate/profile/relatives.py`, for
+models that no profile above has on them:
 """
 NEITHER = """\
 The roofline, from the data sheet and typical efficiencies, for any model:

@@ -16,24 +16,24 @@ import pandas as pd
 from sim.systems import SYSTEMS
 
 STUDIES: Mapping[str, str] = {
-    "vllm": "study_vllm",
-    "orca": "study_vllm",
-    "fastertransformer": "study_vllm",
-    "sarathi": "study_sarathi",
-    "sarathi-serve": "study_sarathi",
-    "splitwise": "study_splitwise",
-    "distserve": "study_distserve",
-    "tetriinfer": "study_tetriinfer",
-    "thunderserve": "study_thunderserve",
-    "hexgen": "study_hexgen",
-    "hexgen-2": "study_thunderserve",
-    "helix": "study_helix",
-    "alpaserve": "study_alpaserve",
-    "exegpt": "study_exegpt",
-    "deja-vu": "study_dejavu",
-    "melange": "study_melange",
-    "spotserve": "study_spotserve",
-    "metis": "study_metis",
+    "vllm": "vllm",
+    "orca": "vllm",
+    "fastertransformer": "vllm",
+    "sarathi": "sarathi",
+    "sarathi-serve": "sarathi",
+    "splitwise": "splitwise",
+    "distserve": "distserve",
+    "tetriinfer": "tetriinfer",
+    "thunderserve": "thunderserve",
+    "hexgen": "hexgen",
+    "hexgen-2": "thunderserve",
+    "helix": "helix",
+    "alpaserve": "alpaserve",
+    "exegpt": "exegpt",
+    "deja-vu": "dejavu",
+    "melange": "melange",
+    "spotserve": "spotserve",
+    "metis": "metis",
 }
 NEAR = 1.15
 """A ratio within 15 % of the printed one."""
@@ -63,10 +63,10 @@ def _row(name: str, folder: Path) -> str:
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |\n"
 
 
-def _study(stem: str | None, folder: Path) -> Sequence[str]:
+def _study(study: str | None, folder: Path) -> Sequence[str]:
     """Study, exact, ratios, median, directions; of the whole study, which may be of several systems."""
-    path = folder / f"{stem}.csv"
-    if stem is None or not path.exists():
+    path = folder / "studies" / str(study) / f"study_{study}.csv"
+    if study is None or not path.exists():
         return ("none", "", "", "", "")
     rows = pd.read_csv(path)
     exact = rows[(rows["kind"] == "exact") & rows["ratio"].notna()]
@@ -74,7 +74,7 @@ def _study(stem: str | None, folder: Path) -> Sequence[str]:
     near = sum(1 / NEAR <= value <= NEAR for value in ratios)
     equal = sum(abs(float(value) - 1) <= 0.02 for value in exact["ratio"])
     return (
-        f"[{stem}]({stem}.md)",
+        f"[{study}](studies/{study}/study_{study}.md)",
         f"{equal} of {len(exact)}" if len(exact) else "",
         f"{near} of {len(ratios)}" if ratios else "",
         f"{median(ratios):.2f}" if ratios else "",

@@ -69,7 +69,7 @@ def achieved_rates(name: str, table: pd.DataFrame, peaks: Peaks | None) -> Drawi
 
 
 def fitted_prices(name: str, table: pd.DataFrame) -> Drawing:
-    """What the profile says (``calibrate.profile.report.prices``): a panel per operator, a line per model, TP degree and GPU.
+    """What the profile says (``calibrate.profile.report.prices``): a panel per operator, a line per model, TP and GPU.
 
     Grids show their least and their largest context. No more than twelve lines a panel are drawn; the table has all.
     """

@@ -13,7 +13,7 @@ from experiments.plots.style import GUIDE_COLOUR, RUN_COLOURS, Drawing, log_tick
 
 
 def request_scatter(name: str, table: pd.DataFrame) -> Drawing:
-    """A panel per latency (columns as in ``experiments.validation.measured.Comparison.requests``), with a band of 10 %."""
+    """A panel per latency (columns of ``validation.measured.Comparison.requests``), with a band of 10 %."""
     with styled():
         figure = Figure(figsize=(12, 4.4), layout="constrained")
         for axes, (title, label) in zip(figure.subplots(1, len(METRICS)), METRICS.values(), strict=True):

@@ -63,7 +63,7 @@ def latency_distributions(table: pd.DataFrame, title: str) -> Drawing:
 
 
 def step_times(table: pd.DataFrame, title: str) -> Drawing:
-    """Every executed step beside what the latency model says of it (``experiments.validation.validation_report.step_table``)."""
+    """Every executed step beside what the latency model says of it (``validation_report.step_table``)."""
     kinds = np.select([table["prefill_tokens"] == 0, table["decode_seqs"] == 0], ["decode", "prefill"], default="mixed")
     with styled():
         figure = Figure(figsize=(6.5, 5.2), layout="constrained")

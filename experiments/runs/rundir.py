@@ -151,8 +151,8 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Commit of the source tree, where it is one."""
-    here = Path(__file__).resolve().parent
-    if not here.parent.joinpath(".git").exists():
+    here = Path(__file__).resolve().parents[2]
+    if not here.joinpath(".git").exists():
         return None
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""AlpaServe's figures beside ours: ``python -m experiments.studies.alpaserve --out docs [--quick]``.
+"""AlpaServe's figures beside ours: ``python -m experiments.studies.alpaserve --out docs/studies/alpaserve [--quick]``.
 
 Li et al., AlpaServe: Statistical Multiplexing with Model Parallelism for Deep Learning Serving (OSDI 2023; arXiv
 2302.11665).
@@ -41,7 +41,7 @@ they are not those that the search has seen.
 
 One row serves the same arrivals with the engine, where the quick simulator must agree.
 
-Regenerate with `python -m experiments.studies.alpaserve --out docs`.
+Regenerate with `python -m experiments.studies.alpaserve --out docs/studies/alpaserve`.
 """
 FIGURE_2 = {"Poisson": (1.0, 0.5, 1.3), "CV 3": (3.0, 0.5, 1.9), "20:80": (1.0, 0.2, 6.6)}
 """Coefficient of variation, share of the first model, gain of sharing."""

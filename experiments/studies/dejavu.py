@@ -1,4 +1,4 @@
-"""Deja Vu's figures beside ours: ``python -m experiments.studies.dejavu --out docs [--quick]``.
+"""Deja Vu's figures beside ours: ``python -m experiments.studies.dejavu --out docs/studies/dejavu [--quick]``.
 
 Liu et al., Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time (ICML 2023, arXiv 2310.17157).
 """
@@ -62,7 +62,7 @@ Right: tokens per second. OPT-175B on 8 A100-80G, roofline.*
 **Accuracy** is not simulated. The published setting skips 79 % of all parameters, more than the 75 % that the paper
 found harmless; a run says so.
 
-Regenerate with `python -m experiments.studies.dejavu --out docs`.
+Regenerate with `python -m experiments.studies.dejavu --out docs/studies/dejavu`.
 """
 GPUS = 8
 A100 = Cluster.of([{"gpu": "A100-80G-SXM", "count": GPUS}])

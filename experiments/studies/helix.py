@@ -1,4 +1,4 @@
-"""Helix's figures beside ours: ``python -m experiments.studies.helix --out docs [--quick]``.
+"""Helix's figures beside ours: ``python -m experiments.studies.helix --out docs/studies/helix [--quick]``.
 
 Mei et al., Helix: Serving Large Language Models over Heterogeneous GPUs and Network via Max-Flow (ASPLOS 2025;
 arXiv 2406.01566), cluster A: 4 A100-40G, 8 L4 and 12 T4 in machines of one GPU each.
@@ -39,7 +39,7 @@ fills KV up to a mark). Online: the offered loads are the paper's, which feeds e
 Throughput is answer tokens per second from the second minute on. "Swarm" is its placement under our routing by flow;
 "SP", a pipeline for each kind of machine, leaves out kinds that cannot hold the model.
 
-Regenerate with `python -m experiments.studies.helix --out docs`.
+Regenerate with `python -m experiments.studies.helix --out docs/studies/helix`.
 """
 CLUSTER = {"A100-40G-SXM": 4, "L4": 8, "T4": 12}
 WARM_UP_S = 60.0

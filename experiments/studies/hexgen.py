@@ -1,4 +1,7 @@
-"""HexGen's published figures and ours: ``python -m experiments.studies.hexgen --out docs`` (about ten minutes)."""
+"""HexGen's published figures and ours.
+
+``python -m experiments.studies.hexgen --out docs/studies/hexgen`` (about ten minutes).
+"""
 
 from __future__ import annotations
 
@@ -169,7 +172,7 @@ def _shapes(plan: Plan) -> str:
 STUDY = Study(
     name="study_hexgen",
     title="HexGen (ICML 2024): published figures and ours",
-    intro=INTRODUCTION + "\nRegenerate with `python -m experiments.studies.hexgen --out docs`.",
+    intro=INTRODUCTION + "\nRegenerate with `python -m experiments.studies.hexgen --out docs/studies/hexgen`.",
     sizes={"": (FULL, ""), "quick": (QUICK, "short answers only, small searches: to see that it runs")},
     rows=rows,
 )

@@ -1,4 +1,4 @@
-"""Metis's figures beside ours: ``python -m experiments.studies.metis --out docs [--quick]``.
+"""Metis's figures beside ours: ``python -m experiments.studies.metis --out docs/studies/metis [--quick]``.
 
 Um et al., Metis: Fast Automatic Distributed Training on Heterogeneous GPUs (USENIX ATC 2024).
 """
@@ -56,11 +56,12 @@ nearer to each other.
 
 The rest is ours: the planner carried over to serving. Every GPU goes to a prefill or to a decode pool, each laid out by
 Metis's search with prices of prefill steps and decode steps. Data parallelism inside a stage becomes replicas, so all
-stages of a pool have the same degree of it. Metis takes the largest degree that memory allows; with "exhaustive" we let
-it try all of them. Model, traffic and SLO are those of [ThunderServe's study](study_thunderserve.md): LLaMA-30B,
-conversation, 90 % of the requests within 20 times what the mean request takes alone on two A100. "Even layers" is the
-same plan with as many layers in every stage. HexGen-2 and ThunderServe (KV in 16 bits, so that only the plans differ)
-take the best of five candidates in the engine; vLLM is colocated at its best TP degree, on replicas of one type each.
+stages of a pool have the same degree of it. Metis takes the largest degree that memory allows; with "exhaustive" we
+let it try all of them. Model, traffic and SLO are those of [ThunderServe's
+study](../thunderserve/study_thunderserve.md): LLaMA-30B, conversation, 90 % of the requests within 20 times what the
+mean request takes alone on two A100. "Even layers" is the same plan with as many layers in every stage. HexGen-2 and
+ThunderServe (KV in 16 bits, so that only the plans differ) take the best of five candidates in the engine; vLLM is
+colocated at its best TP degree, on replicas of one type each.
 
 Trying every degree gains over the largest one: by 1.25 times on two types, by 1.02 on three. Layers by ability matter
 where pipelines mix types (three types: without them a 3090 Ti has no room for its stage in one plan, the other
@@ -68,7 +69,7 @@ serves a third less); on two types the plan has one mixed pipeline and gains not
 exhaustive search is level with HexGen-2 and below ThunderServe on two types, and above both on three. It models no
 queues, plans for no rate, and its pools must use every GPU, in groups of powers of two.
 
-Regenerate with `python -m experiments.studies.metis --out docs`.
+Regenerate with `python -m experiments.studies.metis --out docs/studies/metis`.
 """
 LISTS = (1, 1, 3, 1, 7, 6, 4, 1)
 """Of 8 GPUs, by stages (results/het_search_space)."""

@@ -1,8 +1,8 @@
 """Is ThunderServe's planner right? Its predictions against full simulations, its plan against a longer random search.
 
-``python -m experiments.studies.plan_quality --out FOLDER`` (about ten minutes). Two questions: do plans that the planner
-predicts to be better simulate better (rank correlation over random plans), and how near does the plan that it chooses
-come to the best that a random search with ten times as many evaluations finds (goodput of the simulated plans)?
+``python -m experiments.studies.plan_quality --out FOLDER`` (about ten minutes). Two questions: do plans that the
+planner predicts to be better simulate better (rank correlation over random plans), and how near does the plan that it
+chooses come to the best that a random search with ten times as many evaluations finds (goodput of the simulated plans)?
 """
 
 from __future__ import annotations

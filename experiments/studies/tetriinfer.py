@@ -1,4 +1,6 @@
-"""TetriInfer's figures beside ours: ``python -m experiments.studies.tetriinfer --out docs [--quick]``.
+"""TetriInfer's figures beside ours.
+
+``python -m experiments.studies.tetriinfer --out docs/studies/tetriinfer [--quick]``.
 
 Hu et al., Inference without Interference: Disaggregate LLM Inference for Mixed Downstream Workloads (2024; arXiv
 2401.11181v1).
@@ -37,7 +39,7 @@ At rates that vLLM serves without a queue, a light prompt waits longer here than
 length predicted. Admission by predicted length and power-of-two dispatch gain nothing that holds over seeds.
 Performance per dollar is left out: how the paper defines it is not known, nor do its figures follow from the others.
 
-Regenerate with `python -m experiments.studies.tetriinfer --out docs`.
+Regenerate with `python -m experiments.studies.tetriinfer --out docs/studies/tetriinfer`.
 """
 HEAVY_PROMPT, HEAVY_ANSWER = 512, 128
 MIXES: Mapping[str, tuple[bool | None, bool | None]] = {

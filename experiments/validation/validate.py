@@ -26,7 +26,7 @@ from sim.record import Result
 from sim.types import ConfigError, Request, SimulationError
 
 if TYPE_CHECKING:
-    from calibrate.execute.run import Execution
+    from calibrate.execute.how import Execution
 
 OVERHEAD_REQUESTS = 80
 """Of each execution that an overhead is fitted to."""

@@ -276,7 +276,7 @@ class Engine:
         """Fill free lanes with batches; a batch alone in flight may repeat itself."""
         veil = replica.veil
         if not (replica.waiting or replica.running or replica.arrived or replica.swapped):
-            veil.lift(replica, now_ps)
+            veil.lift(replica.release, now_ps)
             return
         launched: list[Flight] = []
         swapped_blocks = 0
@@ -287,7 +287,7 @@ class Engine:
             replica.batcher.fill(draft)
             if draft.empty:
                 # whoever was preempted made room for others, and nothing else would bring the batcher back
-                if veil.lift(replica, now_ps) or len(replica.running) + len(replica.arrived) < here:
+                if veil.lift(replica.release, now_ps) or len(replica.running) + len(replica.arrived) < here:
                     swapped_blocks = draft.swap_blocks
                     continue
                 break
@@ -297,7 +297,7 @@ class Engine:
             total, free = replica.ledger.total, replica.ledger.free
             waiting = len(replica.waiting) + len(replica.arrived)
             self.rows.memory_fields.append((replica.name, now_ps, total - free, total, waiting, len(replica.running)))
-        more_is_known = veil.lift(replica, now_ps)
+        more_is_known = veil.lift(replica.release, now_ps)
         if not (self.step_by_step or more_is_known) and len(launched) == 1 == len(replica.flights):
             extend(replica, launched[0])
         for flight in launched:

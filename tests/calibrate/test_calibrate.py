@@ -17,8 +17,8 @@ from calibrate.bench.family import Measurement, Part, Point
 from calibrate.bench.shapes import Shard
 from calibrate.measure import Settings, check, finish, journal_path
 from calibrate.measure import calibrate as measure_model
-from calibrate.profile.file import read_profile, shipped_profiles, write_profile
-from calibrate.profile.samples import Samples, read_samples
+from calibrate.profile.file import read_profile, read_samples, shipped_profiles, write_profile
+from calibrate.profile.samples import Samples
 from sim.cluster import Cluster
 from sim.cost import Fitted, HeldOut, seconds
 from sim.model import ModelSpec, model

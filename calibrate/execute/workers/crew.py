@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
 
+from calibrate.execute.how import Execution
 from calibrate.execute.model.architecture import Architecture
 from calibrate.execute.model.shard import Shard
 from calibrate.execute.workers.fleet import cores_for
 from sim.memory import kv_blocks
 from sim.policy import Problem, System
 from sim.types import ConfigError, Plan, Replica, Stage
-
-if TYPE_CHECKING:
-    from calibrate.execute.run import Execution
 
 Configs = dict[str, dict[str, Any]]
 

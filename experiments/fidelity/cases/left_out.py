@@ -1,8 +1,8 @@
 """Whole steps on GPUs whose own tables are left out: what a run on a machine that nobody measured rests on.
 
 ``steps``: every GPU that has kernel tables, from those of its nearest relative and both specification sheets,
-all-reduces by formula (as ``calibrate.profile.relatives`` does it). ``older``: GPUs of Helix's tables from vLLM's kernels of a
-relative, else by roofline. Both compare kernels alone.
+all-reduces by formula (as ``calibrate.profile.relatives`` does it). ``older``: GPUs of Helix's tables from
+vLLM's kernels of a relative, else by roofline. Both compare kernels alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""DistServe's tables and figures beside ours: ``python -m experiments.studies.distserve --out docs [--part P]``.
+"""DistServe's tables and figures beside ours.
+
+``python -m experiments.studies.distserve --out docs/studies/distserve [--part P]``.
 
 Zhong et al., DistServe: Disaggregating Prefill and Decoding for Goodput-optimized Large Language Model Serving,
 OSDI 2024 (arXiv 2401.09670v3). Parts: arithmetic, table2, table3, rates, and md1 (a plot of its own).
@@ -76,7 +78,7 @@ Table 3 is searched as the released code does (algorithm 2 on one machine, a gri
 degrees for which it has memory sizes. Of OPT-66B (4,1)/(2,2) and (4,1)/(4,1) come out equal on that grid; a finer
 search prefers the second. With the TP 4 terms that are published too, OPT-13B would get (4,1)/(2,1).
 
-Regenerate with `python -m experiments.studies.distserve --out docs`.
+Regenerate with `python -m experiments.studies.distserve --out docs/studies/distserve`.
 
 ![Attainment by rate and by SLO scale](study_distserve_rates.png)
 

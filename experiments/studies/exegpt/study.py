@@ -1,4 +1,4 @@
-"""ExeGPT's figures beside ours: ``python -m experiments.studies.exegpt --out docs [--quick]``.
+"""ExeGPT's figures beside ours: ``python -m experiments.studies.exegpt --out docs/studies/exegpt [--quick]``.
 
 Oh et al., ExeGPT: Constraint-Aware Resource Scheduling for LLM Inference (ASPLOS 2024; arXiv 2404.07947).
 """
@@ -72,7 +72,7 @@ Iteration-level scheduling, in an engine with the same step times, serves more t
 
 ![Throughput under latency bounds](study_exegpt_bounds.png)
 
-Regenerate with `python -m experiments.studies.exegpt --out docs`.
+Regenerate with `python -m experiments.studies.exegpt --out docs/studies/exegpt`.
 """
 TABLE_6 = ((3.1, "WAA", 22.41), (5.9, "WAA", 23.76), (11.5, "RRA", 25.23), (inf, "RRA", 26.15))
 """Bound, schedule and requests/s: OPT-13B, task S, four A40s."""

@@ -1,4 +1,4 @@
-"""Melange's figures beside ours: ``python -m experiments.studies.melange --out docs [--quick]``.
+"""Melange's figures beside ours: ``python -m experiments.studies.melange --out docs/studies/melange [--quick]``.
 
 Melange: Cost Efficient Large Language Model Serving by Exploiting GPU Heterogeneity (arXiv 2404.14527).
 """
@@ -80,7 +80,7 @@ share of what it serves within the SLO, each request taken to be as long as its 
 at 120 ms fails that way: its three A10G cost least and are used almost whole by the program; drawn for one request in
 so many that they exceed it, their queues grow, and a quarter of the requests is late. With 10 % to spare none is.
 
-Regenerate with `python -m experiments.studies.melange --out docs`.
+Regenerate with `python -m experiments.studies.melange --out docs/studies/melange`.
 """
 TOY = {
     "A10G": (1.01, ((2, 1), (5, 2))),

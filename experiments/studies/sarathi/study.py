@@ -1,4 +1,6 @@
-"""SARATHI's and Sarathi-Serve's figures beside ours: ``python -m experiments.studies.sarathi --out docs [--quick]``.
+"""SARATHI's and Sarathi-Serve's figures beside ours.
+
+``python -m experiments.studies.sarathi --out docs/studies/sarathi [--quick]``.
 
 Agrawal et al., SARATHI (arXiv 2308.16369), and Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve
 (OSDI 2024, arXiv 2403.02310).
@@ -48,7 +50,7 @@ ring here, which leaves each machine once: TP8 decodes 1.1 times as long as TP4-
 what their all-reduce did on that Ethernet is not known. Their kernels of 2023 were slower than those of our roofline:
 so are the times of table 4, all in the same order.
 
-Regenerate with `python -m experiments.studies.sarathi --out docs`.
+Regenerate with `python -m experiments.studies.sarathi --out docs/studies/sarathi`.
 """
 
 

@@ -1,4 +1,6 @@
-"""Every system on one cluster, trace and price list: ``python -m experiments.studies.side_by_side --out docs``.
+"""Every system on one cluster, trace and price list.
+
+``python -m experiments.studies.side_by_side --out docs/studies/side_by_side``.
 
 Runs ``side_by_side.yaml`` at several arrival rates and writes side_by_side.md with two figures: the share of requests
 within the SLO by rate, and all that one working point shows.
@@ -31,12 +33,13 @@ INTRODUCTION = """\
 # Every system side by side
 
 One model, one cluster of 20 GPUs of three kinds, one trace of 2,500 conversations, one price list, one pair of latency
-targets (TTFT 2 s, TPOT 0.1 s): `experiments/studies/side_by_side/side_by_side.yaml`. Each system is laid out as its own planner would at
-that rate; those without one take four GPUs a replica, split systems three replicas for prompts and two for decodes.
-Nothing is tuned, so a layout by hand could do better; step times are predicted (`phasewise profiles`), not measured on
-this cluster. It is one question put to all of them, not the one that each paper asked: Melange rents no more than it
-needs, ExeGPT's schedules are for the H100s alone, AlpaServe was made for many models, Deja Vu's sparsity is assumed;
-SpotServe, made for machines that go away, runs each batch to its end, so that requests wait for the one before.
+targets (TTFT 2 s, TPOT 0.1 s): `experiments/studies/side_by_side/side_by_side.yaml`. Each system is laid out as its
+own planner would at that rate; those without one take four GPUs a replica, split systems three replicas for prompts
+and two for decodes. Nothing is tuned, so a layout by hand could do better; step times are predicted (`phasewise
+profiles`), not measured on this cluster. It is one question put to all of them, not the one that each paper asked:
+Melange rents no more than it needs, ExeGPT's schedules are for the H100s alone, AlpaServe was made for many models,
+Deja Vu's sparsity is assumed; SpotServe, made for machines that go away, runs each batch to its end, so that requests
+wait for the one before.
 
 The share of requests within both targets, by arrival rate (requests/s); "no plan": its planner says that the cluster
 cannot serve this rate within the targets.
@@ -78,7 +81,8 @@ def markdown(shown: pd.DataFrame, left_out: Mapping[str, str], rate_per_s: float
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"`{label}` is left out: {reason}" for label, reason in left_out.items())]
     lines += [
-        "Regenerate with `python -m experiments.studies.side_by_side --out docs` (about fifteen minutes on one core)."
+        "Regenerate with `python -m experiments.studies.side_by_side --out docs/studies/side_by_side` "
+        "(about fifteen minutes on one core)."
     ]
     return "\n".join(lines) + "\n"
 

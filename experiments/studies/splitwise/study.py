@@ -1,4 +1,6 @@
-"""Splitwise's tables and figures beside ours: ``python -m experiments.studies.splitwise --out docs [--quick | --whole]``.
+"""Splitwise's figures beside ours.
+
+``python -m experiments.studies.splitwise --out docs/studies/splitwise [--quick | --whole]``.
 
 Patel et al., Splitwise: Efficient Generative LLM Inference Using Phase Splitting, ISCA 2024 (arXiv 2311.18677v2).
 """
@@ -40,7 +42,7 @@ requests a second 27 + 3 machines (splitwise-sim) meet the limits of TTFT and mi
 1.5, since prompt machines that take decodes in pause them for prompts; 30 + 2 meet all. The corrected simulator needs
 more token machines, since a batch of decodes costs what was measured, and so gains less over its baseline.
 
-Regenerate with `python -m experiments.studies.splitwise --out docs --whole`.
+Regenerate with `python -m experiments.studies.splitwise --out docs/studies/splitwise --whole`.
 """
 
 

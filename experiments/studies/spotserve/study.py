@@ -1,4 +1,4 @@
-"""SpotServe's figures beside ours: ``python -m experiments.studies.spotserve --out docs [--quick]``.
+"""SpotServe's figures beside ours: ``python -m experiments.studies.spotserve --out docs/studies/spotserve [--quick]``.
 
 Miao et al., SpotServe: Serving Generative Large Language Models on Preemptible Instances (ASPLOS 2024; arXiv
 2311.15566).
@@ -66,7 +66,7 @@ Reparallelization, whose restart nothing printed lets us time.
 On demand, the plotting code takes 4.5 s (mean) and 9 s (P99) off the printed figures before it draws them; our means
 with six and eight instances are near to what it draws, those with three and four, which cannot serve the rate, to both.
 
-Regenerate with `python -m experiments.studies.spotserve --out docs`.
+Regenerate with `python -m experiments.studies.spotserve --out docs/studies/spotserve`.
 """
 NAMES = {"reparallelization": "Reparallelization", "rerouting": "Rerouting", "spotserve": "SpotServe"}
 CONFIGURATIONS = {(4, 5): (1, 2, 8), (6, 7): (2, 3, 4), (8, 9, 10, 11): (2, 2, 8)}

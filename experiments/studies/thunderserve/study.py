@@ -1,4 +1,6 @@
-"""ThunderServe's figures beside ours: ``python -m experiments.studies.thunderserve --out docs [--part P] [--quick]``.
+"""ThunderServe's figures beside ours.
+
+``python -m experiments.studies.thunderserve --out docs/studies/thunderserve [--part P] [--quick]``.
 
 ThunderServe: High-performance and Cost-efficient LLM Serving in Cloud Environments (MLSys 2025, arXiv 2502.09334).
 Parts: a cloud against in-house, b with and without splitting at 40 and 5 Gbps, c GPUs lost in mid-run, d workload
@@ -81,7 +83,7 @@ chance) were settled after a first run, in which it took the short answers that 
 (0.8 of the rate that the plan serves with 4 bits) it is compression that most is lost without, not orchestration: the
 other way round than printed.
 
-Regenerate with `python -m experiments.studies.thunderserve --out docs`.
+Regenerate with `python -m experiments.studies.thunderserve --out docs/studies/thunderserve`.
 
 ![Attainment after the loss of a machine](study_thunderserve_loss.png)
 """

@@ -1,4 +1,4 @@
-"""vLLM's tables and figures beside ours: ``python -m experiments.studies.vllm --out docs [--quick]``.
+"""vLLM's tables and figures beside ours: ``python -m experiments.studies.vllm --out docs/studies/vllm [--quick]``.
 
 Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention (SOSP 2023; arXiv
 2309.06180).
@@ -45,7 +45,7 @@ join are left out. Orca serves the samples of a request as requests of their own
 on the text, which traces do not tell: ours descend at random and so share more blocks than those of the paper. Rates
 and gains that the paper prints for three models together ("1.7-2.7x") are set against the middle of their range.
 
-Regenerate with `python -m experiments.studies.vllm --out docs`.
+Regenerate with `python -m experiments.studies.vllm --out docs/studies/vllm`.
 """
 PRINTED_SLOTS: dict[Deployment, float] = {OPT_13B: 15.7e3, OPT_66B: 9.7e3, OPT_175B: 60.1e3}
 OVERLOAD = {"ShareGPT": (20.0, 1 / 4), "Alpaca": (400.0, 1 / 20)}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from sim.memory import beam_tail_blocks, copied_blocks
 from sim.record import CohortId
 from sim.types import Request, Route, to_ps
 
-if TYPE_CHECKING:
-    from sim.engine.replica.cohort import Cohort
+
+class Membership(Protocol):
+    """A decoding job's cohort, as far as the job is concerned."""
+
+    it: int
+    """Iterations that the cohort has completed: the job's progress is read from it."""
+
+    def leave(self, job: Job) -> None: ...
 
 
 class Job:
@@ -86,7 +92,7 @@ class Job:
         self.queued_ps: int | None = None
         self.published = 0  # hashes[:published] have been looked at for publishing
         self.grows = 0  # blocks it takes when it begins a new one, while in a cohort
-        self.cohort: Cohort | None = None
+        self.cohort: Membership | None = None
         self.base = 0
         self.join_it = 0
         self.seat = 0

@@ -7,11 +7,9 @@ still had its seat and its blocks. Only a scheduler that found nothing to do wai
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-if TYPE_CHECKING:
-    from sim.engine.replica.job import Job
-    from sim.engine.replica.state import ReplicaState
+from sim.engine.replica.job import Job
 
 
 class Veil:
@@ -31,15 +29,15 @@ class Veil:
     def hides(self, job: Job) -> bool:
         return self.down and job in self.fresh
 
-    def lift(self, replica: ReplicaState, now_ps: int) -> bool:
-        """Let the scheduler know all; whether there was anything that it did not."""
+    def lift(self, release: Callable[[Job], None], now_ps: int) -> bool:
+        """Let the scheduler know all, and let go of who ended; whether there was anything that it did not know."""
         hidden = self.down and bool(self.fresh or self.ended)
         for job in self.fresh:
             if job.queued_ps is None:
                 job.queued_ps = now_ps
         self.fresh.clear()
         for job in self.ended:
-            replica.release(job)
+            release(job)
         self.ended.clear()
         self.down = False
         return hidden

@@ -10,10 +10,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from calibrate.execute import pace  # noqa: E402
+from calibrate.execute.how import Execution  # noqa: E402
 from calibrate.execute.model.architecture import Architecture  # noqa: E402
 from calibrate.execute.model.stage import Stage  # noqa: E402
 from calibrate.execute.pace import Pace, mean_s  # noqa: E402
-from calibrate.execute.run import Execution, execute  # noqa: E402
+from calibrate.execute.run import execute  # noqa: E402
 from calibrate.execute.step_cost import MeasuredStage, MeasuredSteps  # noqa: E402
 from experiments.validation.recorded_steps import StepPair  # noqa: E402
 from experiments.validation.validate import Executed, Probe, at_pace  # noqa: E402

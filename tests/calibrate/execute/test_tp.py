@@ -18,12 +18,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import numpy as np  # noqa: E402
 
+from calibrate.execute.how import Execution  # noqa: E402
 from calibrate.execute.model.architecture import Architecture  # noqa: E402
 from calibrate.execute.model.cache import cache_bytes  # noqa: E402
 from calibrate.execute.model.shard import Ranks, Shard  # noqa: E402
 from calibrate.execute.model.stage import Item, Stage  # noqa: E402
 from calibrate.execute.model.weights import drawn, num_bytes, tensors_of  # noqa: E402
-from calibrate.execute.run import Execution  # noqa: E402
 from calibrate.execute.workers.crew import link_shares, parts_of, worker_configs, workers_of  # noqa: E402
 from calibrate.execute.workers.fleet import Fleet, Word, WorkerLostError  # noqa: E402
 from sim.transfers import Quantized  # noqa: E402

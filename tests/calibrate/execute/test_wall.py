@@ -20,9 +20,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import numpy as np  # noqa: E402
 
 from calibrate.execute import wall as wall_module  # noqa: E402
+from calibrate.execute.how import Execution  # noqa: E402
 from calibrate.execute.model.architecture import Architecture  # noqa: E402
 from calibrate.execute.model.stage import Stage, generate  # noqa: E402
-from calibrate.execute.run import Execution, execute  # noqa: E402
+from calibrate.execute.run import execute  # noqa: E402
 from calibrate.execute.wall import WallClock  # noqa: E402
 from calibrate.execute.workers import fleet as fleet_module  # noqa: E402
 from calibrate.execute.workers.fleet import Fleet, Word, WorkerLostError  # noqa: E402

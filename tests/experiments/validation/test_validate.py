@@ -17,7 +17,7 @@ import yaml
 
 pytest.importorskip("torch", reason="torch is not installed")
 
-from calibrate.execute.run import Execution
+from calibrate.execute.how import Execution
 from calibrate.execute.workers import fleet as fleet_module
 from calibrate.execute.workers.fleet import Fleet
 from experiments.cli import main
