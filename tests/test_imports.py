@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("sim", "calibrate", "traces", "experiments")
@@ -87,6 +89,55 @@ def test_every_module_is_looked_at() -> None:
         name_of(p) for p in MODULES
     }
     assert {str(part(name_of(p))) for p in MODULES if inside(name_of(p), "sim")} == {*ORDER, "None"}
+
+
+KNOT = frozenset(
+    f"sim.engine.{name}" for name in ("change.changes", "change.keeping", "change.loading", "moves", "paths", "run")
+)
+"""The one circle that is allowed: the engine's parts that hold the whole ``Engine``."""
+
+
+def uses() -> dict[str, set[str]]:
+    """Module -> the modules that it names in an import, type-checking imports included.
+
+    ``from package import module`` names the module; ``from package import word`` names the package.
+    """
+    names = {name_of(path) for path in MODULES}
+    found: dict[str, set[str]] = {}
+    for path in MODULES:
+        own = name_of(path)
+        everything = {module for module, _ in imported(path)}
+        packages = {name.rpartition(".")[0] for name in everything & names if name.rpartition(".")[0] in everything}
+        words = {name.rpartition(".")[0] for name in everything - names}
+        found[own] = ((everything & names) - (packages - words)) - {own}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[frozenset[str]]:
+    """Groups of modules that reach each other."""
+    matrix = csr_array([[target in graph[source] for target in graph] for source in graph])
+    _, labels = connected_components(matrix, connection="strong")
+    groups: dict[int, set[str]] = {}
+    for name, label in zip(graph, labels, strict=True):
+        groups.setdefault(int(label), set()).add(name)
+    return [frozenset(group) for group in groups.values() if len(group) > 1]
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [frozenset("abc")]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_new_circle_of_modules() -> None:
+    assert [sorted(circle) for circle in circles(uses()) if circle != KNOT] == []
+
+
+EVIDENCE = ("experiments.studies", "experiments.fidelity", "experiments.benchmarks")
+
+
+@pytest.mark.parametrize("room", EVIDENCE)
+def test_nothing_outside_imports_what_is_evidence(room: str) -> None:
+    assert {name for name in importers_of(room) if not inside(name, room)} == set()
 
 
 def test_only_the_clock_imports_simpy() -> None:

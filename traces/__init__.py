@@ -12,7 +12,7 @@ Everything is a stream of ``sim.types.Request`` in order of arrival, with ids 0,
 """
 
 from traces.arrivals import ARRIVALS, arrival_times, settings_of
-from traces.events import gpu_failures, read_events, spot_notices, write_events
+from traces.cluster.events import gpu_failures, read_events, spot_notices, write_events
 from traces.fetch import fetch
 from traces.formats import FORMATS, guess_format
 from traces.public import PUBLIC_TRACES, PublicTrace

@@ -22,7 +22,7 @@ from experiments.scenario.part import Count, NonNegative, Part, Positive, Share
 from experiments.scenario.workload import WorkloadSpec
 from sim.cluster import did_you_mean
 from sim.types import ConfigError
-from traces.events import NEEDS
+from traces.cluster.events import NEEDS
 
 Dtype = Literal["float32", "float16", "bfloat16", "float8", "int8"]
 

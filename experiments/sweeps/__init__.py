@@ -1,0 +1,1 @@
+"""One scenario over rates, seeds and systems: ``sweep.py``."""

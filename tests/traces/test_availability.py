@@ -9,7 +9,7 @@ import pytest
 
 from experiments.studies.spotserve.world import BOOT_S, ON_DEMAND, TRACES, USD, cluster
 from sim import Cluster, ClusterEvent, ConfigError
-from traces.availability import Availability, Turn, availability, read_availability
+from traces.cluster.availability import Availability, Turn, availability, read_availability
 
 
 def test_turns_become_events() -> None:

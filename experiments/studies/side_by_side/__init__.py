@@ -1,0 +1,1 @@
+"""Every system on one cluster, trace and price list."""

@@ -1,0 +1,1 @@
+"""SpotServe (ASPLOS 2024): latencies and costs on instances that come and go."""

@@ -17,7 +17,7 @@ from sim.model import ModelSpec, model
 from sim.planners.spotserve import LayerProfile
 from sim.predictors import TrueLength
 from traces import TraceSource
-from traces.availability import Availability, availability
+from traces.cluster.availability import Availability, availability
 
 INPUT_TOKENS, OUTPUT_TOKENS = 512, 128
 GPUS, NIC_GBPS = 4, 50

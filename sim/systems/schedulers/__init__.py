@@ -1,0 +1,1 @@
+"""Systems whose point is the scheduler of one engine: what goes into the next batch, and how KV is kept."""

@@ -1,0 +1,1 @@
+"""Systems that prefill and decode on different GPUs."""

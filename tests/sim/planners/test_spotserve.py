@@ -30,7 +30,7 @@ from sim.planners.spotserve.profile import Costed, between
 from sim.types import InfeasibleError, Work
 from tests.toys import TINY, ToyCost
 from tests.toys import problem as toy_problem
-from traces.availability import availability
+from traces.cluster.availability import availability
 
 
 def optimizer(name: str, **more: int) -> Optimizer:
