@@ -22,9 +22,7 @@ def test_every_system_has_a_row_and_a_study(tmp_path: Path) -> None:
 def test_figures_are_the_studys_own(tmp_path: Path) -> None:
     table = tmp_path / "studies" / "vllm" / "study_vllm.csv"
     table.parent.mkdir(parents=True)
-    table.write_text(
-        "kind,ratio\nexact,1.001\nexact,0.9\nratio,1.1\nratio,2.0\nratio,0.95\nratio,\ndirection,\n"
-    )
+    table.write_text("kind,ratio\nexact,1.001\nexact,0.9\nratio,1.1\nratio,2.0\nratio,0.95\nratio,\ndirection,\n")
     row = next(line for line in page(tmp_path).splitlines() if line.startswith("| `vllm`"))
     assert row.endswith("| [vllm](studies/vllm/study_vllm.md) | 1 of 2 | 2 of 3 | 1.10 | 1 |")
 
