@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("sim", "calibrate", "traces", "experiments")
+PACKAGES = ("sim", "calibrate", "traces", "experiments", "phasewise")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 ORDER = (
@@ -161,10 +161,11 @@ def test_imports_point_upward(path: Path) -> None:
 @pytest.mark.parametrize(
     ("package", "never"),
     [
-        ("sim", ("calibrate", "traces", "experiments", "notebooks", "tests")),
-        ("calibrate", ("traces", "experiments", "notebooks", "tests")),
-        ("traces", ("experiments", "notebooks", "tests")),
-        ("experiments", ("notebooks", "tests")),
+        ("sim", ("calibrate", "traces", "experiments", "phasewise", "notebooks", "tests")),
+        ("calibrate", ("traces", "experiments", "phasewise", "notebooks", "tests")),
+        ("traces", ("experiments", "phasewise", "notebooks", "tests")),
+        ("experiments", ("phasewise", "notebooks", "tests")),
+        ("phasewise", ("notebooks", "tests")),
     ],
 )
 def test_packages_know_only_those_before_them(package: str, never: tuple[str, ...]) -> None:

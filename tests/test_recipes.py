@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("sim", "calibrate", "traces", "experiments", "tests", "pyproject.toml")
+COPIED = ("phasewise", "sim", "calibrate", "traces", "experiments", "tests", "pyproject.toml")
 SECTION = re.compile(r"^## Recipe: (.+?)$(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("sim", "calibrate", "traces", "experiments")
+CODE = ("phasewise", "sim", "calibrate", "traces", "experiments")
 MOST = 16
 """Files at one level."""
 

@@ -64,7 +64,7 @@ def plan(
     Plans are written with --out; 'phasewise run --plan' takes one. Exit code 3 if nothing meets the SLO, with what is
     missing.
     """
-    from experiments.planning.plan import shortfall, too_brief
+    from experiments.planning.plan import shortfall, too_brief, under
     from experiments.runs.progress import Log
     from experiments.runs.rundir import check_writable
     from experiments.scenario.file import Scenario
@@ -72,7 +72,7 @@ def plan(
 
     _check(seconds, budget, machines, from_, lost, full)
     overrides = [*(set_ or ()), *([f"seed={seed}"] if seed is not None else ())]
-    experiment = _variant(Scenario.load(scenario, overrides), system)
+    experiment = under(Scenario.load(scenario, overrides), system)
     if out is not None:
         check_writable(out)
     log = Log(quiet)
@@ -104,17 +104,6 @@ def _check(
         raise ConfigError("--budget chooses GPUs, --from keeps them; drop one")
     if machines is not None and budget is None:
         raise ConfigError("--machines is what --budget may choose; give --budget, or change cluster.nodes")
-
-
-def _variant(experiment: Scenario, system: str | None) -> Scenario:
-    from experiments.runs.comparison import variants
-
-    chosen = variants(experiment, system or experiment.system.name)
-    if len(chosen) != 1:
-        from sim.types import ConfigError
-
-        raise ConfigError(f"--system {system}: name one system; 'phasewise compare' takes several")
-    return next(iter(chosen.values())).model_copy(update={"plan": None})
 
 
 # ---------------------------------------------------------------- the search

@@ -69,7 +69,9 @@ def sweep(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO", help="scenario file (YAML)")],
     rates: Annotated[str, typer.Option(help="arrival rates in requests/s, comma-separated, e.g. 1,2,4,8")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="directory to write")],
-    systems: Annotated[str | None, typer.Option(help="comma-separated, as in 'compare'")] = None,
+    systems: Annotated[
+        str | None, typer.Option(help="comma-separated; default: the scenario's 'compare' entries, else its own system")
+    ] = None,
     seeds: Annotated[
         int, typer.Option(min=1, help="runs of each point, with the scenario's seed and the next ones")
     ] = 3,

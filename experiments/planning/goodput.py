@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.runs.comparison import Given, variants
 from experiments.runs.rundir import MARK, environment, whole_folder, write_json
-from experiments.scenario.file import Scenario
+from experiments.scenario.file import Scenario, load
 from experiments.scenario.resolve import Setup, resolve
-from experiments.sweeps.sweep import means
-from sim.goodput import CRITERIA, HALVINGS, Criterion, Goodput, attained, goodput
+from experiments.sweeps.sweep import Here, means, process_pool
+from sim.goodput import CRITERIA, HALVINGS, Criterion, Goodput, attained
+from sim.goodput import goodput as bisected
 from sim.metrics import BOUNDS, attainment
 from sim.types import ConfigError, Slo
 
@@ -87,6 +89,23 @@ class Replay:
         return resolve(self.scenario.at(rate_per_s=rate_per_s, seed=seed))
 
 
+def goodput(
+    scenario: Given, systems: str | None = None, *, settings: Settings | None = None, workers: int | None = 1
+) -> pd.DataFrame:
+    """The highest rate within the SLO, a row a system (columns of ``search``'s row).
+
+    ``systems``: labels with commas between them, as in ``comparison.variants``; None: the scenario's own. ``workers``
+    as in ``sweep``.
+    """
+    import pandas as pd
+
+    experiment, asked = load(scenario), settings or Settings()
+    chosen = variants(experiment, systems or experiment.system.name)
+    with Here() if workers == 1 else process_pool(workers) as executor:
+        rows = [{"system": label, **search(one, asked, executor)[0]} for label, one in chosen.items()]
+    return pd.DataFrame(rows)
+
+
 # ---------------------------------------------------------------- the search
 
 
@@ -107,7 +126,7 @@ def search(
     start = min(setup.problem.workload.rate_per_s, high)
     replay = Replay(scenario=scenario, criterion=settings.criterion)
     seeds = range(scenario.seed, scenario.seed + settings.seeds)
-    found = goodput(
+    found = bisected(
         replay, target=target, seeds=seeds, start=start, high=high,
         tolerance=settings.tolerance, executor=executor, done=done,
     )  # fmt: skip

@@ -17,10 +17,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from experiments.planning import goodput
+from experiments.runs.comparison import Given, variants
 from experiments.runs.rundir import MARK, environment, whole_folder, write_json
+from experiments.scenario.file import Scenario, load
 from experiments.scenario.planfile import plan_yaml, read_plan
 from experiments.scenario.requests import RequestStream
-from experiments.scenario.resolve import Setup
+from experiments.scenario.resolve import Setup, resolve
 from experiments.sweeps.sweep import Here
 from sim.cluster import did_you_mean
 from sim.engine import simulate
@@ -102,6 +104,36 @@ class Found:
     options: tuple[Option, ...]
     log: tuple[LogRow, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def plan(
+    scenario: Given,
+    system: str | None = None,
+    *,
+    seconds: float | None = None,
+    top: int = 5,
+    requests: int = 1000,
+    with_goodput: bool = False,
+) -> list[Option]:
+    """Layouts of the scenario's model on its cluster, simulated, the best first.
+
+    ``system``: whose planner; None: the scenario's own. ``seconds``: how long it may search. ``top``: how many of its
+    candidates are simulated, on so many ``requests``. ``with_goodput`` also finds the highest rate of each, which takes
+    a dozen simulations. ``InfeasibleError`` says what is missing.
+    """
+    offered = found(resolve(under(load(scenario), system)), seconds=seconds).options[:top]
+    judged = [tried(option, requests) for option in offered]
+    if with_goodput:
+        judged = [rated(option, goodput.Settings(seeds=1, tolerance=TOLERANCE)) for option in judged]
+    return ranked(judged)
+
+
+def under(scenario: Scenario, system: str | None) -> Scenario:
+    """The scenario under one system, without a plan."""
+    chosen = variants(scenario, system or scenario.system.name)
+    if len(chosen) != 1:
+        raise ConfigError(f"--system {system}: name one system; 'phasewise compare' takes several")
+    return next(iter(chosen.values())).model_copy(update={"plan": None})
 
 
 # ---------------------------------------------------------------- candidates

@@ -1,9 +1,10 @@
-"""One scenario under several systems: which, their runs, and the directory that keeps them."""
+"""One scenario under one system or several: which, their runs, and the directory that keeps them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from experiments.runs.rundir import (
     write_run_files,
 )
 from experiments.runs.tables import METRICS, comparison_json
-from experiments.scenario.file import Scenario, VariantSpec
+from experiments.scenario.file import Scenario, VariantSpec, load
 from experiments.scenario.resolve import resolve
 from sim.cluster import did_you_mean
 from sim.systems import SYSTEMS
@@ -30,6 +31,49 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from experiments.plots.run.timeline import Window
+
+
+Given = Scenario | str | Path | Mapping[str, Any]
+"""What scripts may give for a scenario: see ``scenario.file.load``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Runs of the same requests under several systems, by label; ``left_out`` says who found no plan, and why."""
+
+    title: str
+    scenarios: Mapping[str, Scenario]
+    runs: Mapping[str, Run]
+    left_out: Mapping[str, str]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a metric, a column a system."""
+        return _metric_table({label: run.summary for label, run in self.runs.items()}).set_index("metric")
+
+    def save(self, folder: str | Path) -> None:
+        """A run directory per system, figures and tables, as 'phasewise compare --out' writes them."""
+        save_comparison(Path(folder), self.title, self.scenarios, self.runs, self.left_out)
+
+
+def run(scenario: Given, *, step_by_step: bool = False, tokens: bool = False) -> Run:
+    """Simulate a scenario's own system: its summary and tables. ``tokens`` keeps the time of every token.
+
+    ``ConfigError`` for a mistake in the scenario, ``InfeasibleError`` if no plan meets it.
+    """
+    experiment = load(scenario)
+    setup = resolve(experiment)
+    result = setup.run(step_by_step=step_by_step)
+    name = Path(experiment.where).stem
+    return Run.of(name, result, {"name": name, **setup.summary(result)}, tokens=tokens)
+
+
+def compare(scenario: Given, systems: str | Sequence[str] | None = None, *, quiet: bool = True) -> Comparison:
+    """The same requests under several systems. ``systems`` as ``variants`` takes them, or a list of labels."""
+    experiment = load(scenario)
+    chosen = variants(experiment, systems if systems is None or isinstance(systems, str) else ",".join(systems))
+    runs, left_out = run_all(chosen, Log(quiet))
+    return Comparison(title=Path(experiment.where).stem, scenarios=chosen, runs=runs, left_out=left_out)
 
 
 def variants(scenario: Scenario, systems: str | None = None) -> dict[str, Scenario]:

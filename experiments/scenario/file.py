@@ -9,6 +9,7 @@ first two raise ``ConfigError`` with one line that names file, field, value and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -379,6 +380,25 @@ class Scenario(Part):
         events = found(self.events) if isinstance(self.events, str) else self.events
         plan = found(self.plan) if self.plan is not None else None
         return self._with(model=found(self.model), latency=latency, workload=workload, events=events, plan=plan)
+
+
+def load(source: str | Path | Mapping[str, Any] | Scenario, overrides: Sequence[str] = ()) -> Scenario:
+    """A scenario from the path of its file, from plain data, or as it is.
+
+    ``overrides``: "key.sub=value", the value in YAML, as ``--set`` on the command line. ``ConfigError`` in one line
+    that names file, field, value and mend.
+    """
+    if isinstance(source, str | Path):
+        return Scenario.load(source, overrides)
+    if isinstance(source, Scenario):
+        if not overrides:
+            return source
+        where, source = source.where, source.model_dump(mode="json", exclude_unset=True)
+    else:
+        where, source = "scenario", deepcopy(dict(source))
+    for override in overrides:
+        apply(source, override)
+    return Scenario.of(source, where=where)
 
 
 def _event(place: int, item: Any) -> EventSpec:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.runs.comparison import variants
+from experiments.runs.comparison import Given, variants
 from experiments.runs.rundir import MARK, environment, whole_folder, write_json
-from experiments.scenario.file import Scenario
+from experiments.scenario.file import Scenario, load
 from experiments.scenario.resolve import resolve
 from sim.metrics import estimate
 from sim.types import ConfigError, InfeasibleError
@@ -42,10 +42,32 @@ class Point:
     scenario: Scenario
 
 
+def sweep(
+    scenario: Given,
+    rates_per_s: Sequence[float],
+    *,
+    seeds: int = 1,
+    systems: str | None = None,
+    workers: int | None = 1,
+) -> pd.DataFrame:
+    """A row a run (columns of ``row_of``): every system at every rate with every seed; ``means`` condenses them.
+
+    ``systems`` as in ``points``. ``workers``: processes, None for one per processor; more than one needs
+    a script whose work stands under ``if __name__ == "__main__":``.
+    """
+    import pandas as pd
+
+    todo = points(load(scenario), rates_per_s=rates_per_s, seeds=seeds, systems=systems)
+    with Here() if workers == 1 else process_pool(workers) as executor:
+        rows, _ = run_points(todo, executor)
+    return pd.DataFrame(rows)
+
+
 def points(scenario: Scenario, *, rates_per_s: Sequence[float], seeds: int, systems: str | None = None) -> list[Point]:
     """Every system at every rate with every seed; the seeds are the scenario's own and those that follow it.
 
-    ``systems`` as in ``comparison.variants``. ``ConfigError`` for a rate that is not a positive number, or one of the
+    ``systems`` as in ``comparison.variants``; without it the entries of ``compare``, else the scenario's own system.
+    ``ConfigError`` for a rate that is not a positive number, or one of the
     scenario's own mistakes.
     """
     if seeds < 1 or not rates_per_s:
@@ -54,7 +76,8 @@ def points(scenario: Scenario, *, rates_per_s: Sequence[float], seeds: int, syst
         if not 0 < rate < float("inf"):
             raise ConfigError(f"--rates {rate:g}: must be a positive number of requests/s")
     found = []
-    for label, variant in variants(scenario, systems).items():
+    chosen = systems if systems is not None or scenario.compare else scenario.system.name
+    for label, variant in variants(scenario, chosen).items():
         for rate in dict.fromkeys(rates_per_s):
             for seed in range(scenario.seed, scenario.seed + seeds):
                 found.append(Point(system=label, rate_per_s=rate, scenario=variant.at(rate_per_s=rate, seed=seed)))
