@@ -28,6 +28,7 @@ from experiments.scenario.complaints import first_fault
 from experiments.scenario.file import EngineSpec, EventSpec, OverheadSpec, Scenario, SloSpec, SystemSpec
 from experiments.scenario.planfile import read_plan
 from experiments.scenario.requests import RequestStream
+from experiments.scenario.step_times import step_times
 from sim.cluster import Cluster, Gpu, did_you_mean, gpu, gpus
 from sim.cost import Fitted, Overhead, Profile, Roofline, StepCost
 from sim.engine import simulate
@@ -98,6 +99,7 @@ class Setup:
             "model": self.problem.model.name,
             "gpus": dict(Counter(self.problem.cluster.gpu(gpu_id).name for gpu_id in self.problem.cluster.gpu_ids)),
             "predicted_gpus": self._predicted(figures["unmeasured_gpus"]),
+            "step_times": step_times(self.problem, result),
             "workload": workload,
             "predictor": self.predictor.name,
             "seed": self.problem.seed,

@@ -142,6 +142,26 @@ class Fitted:
                 return kernels.with_collectives(entry, model) if lacks and kernels is not None else entry
         return None if kernels is None else kernels.entry(model, stage.tp, cluster.gpu(stage.gpus[0]))
 
+    def origin(
+        self, model: ModelSpec, stage: Stage, cluster: Cluster
+    ) -> tuple[Profile, ProfileEntry | Kernels | Polynomial] | None:
+        """The profile that prices a stage's steps, and its part that does; None: the roofline."""
+        names = _names(model, stage, cluster)
+        for profile in self.profiles:
+            for entry in profile.entries:
+                if _matches(entry, model, stage, names):
+                    return profile, entry
+        for profile in self.profiles:
+            for kernels in profile.kernels:
+                if kernels.serves(model) and any(names == {gpu.lower()} for gpu in kernels.gpus):
+                    composed = kernels.entry(model, stage.tp, cluster.gpu(stage.gpus[0]))
+                    return None if composed is None else (profile, kernels)
+        for profile in self.profiles:
+            for form in profile.polynomials:
+                if _matches(form, model, stage, names):
+                    return profile, form
+        return None
+
     def polynomial(self, model: ModelSpec, stage: Stage, cluster: Cluster) -> Polynomial | None:
         """The closed form of whole steps that matches a stage as an entry does, or None."""
         names = _names(model, stage, cluster)
