@@ -1,6 +1,6 @@
 """The scenario file: what it may say, and how it is read and checked. ``resolve.py`` builds what it describes.
 
-What its ``workload`` may say is in ``workload.py``; ``docs/scenario.md`` lists every key.
+What its ``workload`` may say is in ``workload.py``; ``docs/reference/scenario.md`` lists every key.
 
 ``Scenario.load(path)`` for a file, ``Scenario.of(mapping)`` for a dict, ``Scenario(...)`` for Python objects. The
 first two raise ``ConfigError`` with one line that names file, field, value and mend.

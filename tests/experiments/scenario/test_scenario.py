@@ -379,7 +379,7 @@ def test_schema_knows_every_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[3] / "experiments").glob("*.yaml")), ids=lambda p: p.stem
+    "path", sorted((Path(__file__).parents[3] / "experiments").glob("**/*.yaml")), ids=lambda p: p.stem
 )
 def test_every_scenario_file_that_comes_along_runs(path: Path) -> None:
     setup = resolve(Scenario.load(path, overrides=["workload.limit=20"]))
