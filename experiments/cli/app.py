@@ -88,6 +88,8 @@ def run(
     if out is not None:
         check_writable(out)
     setup = resolve(experiment)
+    for remark in setup.requests.remarks:
+        log.say(remark)
     with log.counting(experiment.system.name) as progress:
         result = setup.run(step_by_step=step_by_step, progress=progress)
     summary = {"name": scenario.stem, **setup.summary(result)}
