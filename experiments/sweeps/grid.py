@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from experiments.scenario.file import read_yaml
+from sim.outside import read_yaml
 from sim.types import ConfigError
 
 Changes = Mapping[str, Any]
