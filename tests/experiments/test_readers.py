@@ -20,7 +20,8 @@ def saved(folder: Path, *records: Any, name: str = "r.json") -> Path:
 
 SGLANG = {
     "backend": "sglang", "duration": 4.0, "completed": 2, "total_output_tokens_retokenized": 9,
-    "request_rate": float("inf"), "request_throughput": 0.5, "output_throughput": 5.0, "mean_ttft_ms": 50.0, "mean_tpot_ms": 10.0,
+    "request_rate": float("inf"), "request_throughput": 0.5, "output_throughput": 5.0, "mean_ttft_ms": 50.0,
+    "mean_tpot_ms": 10.0,
     "mean_e2e_latency_ms": 140.0, "median_e2e_latency_ms": 130.0, "max_concurrency": 4,
 }  # fmt: skip
 INFERENCEX = {"hw": "h200", "tp": 8, "conc": 16, "model": "m", "output_tput_per_gpu": 250.0, "median_ttft": 0.45,
