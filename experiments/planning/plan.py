@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from experiments.planning import goodput
+from experiments.planning.climb import climb
+from experiments.planning.race import Contender
 from experiments.runs.comparison import Given, variants
 from experiments.runs.rundir import MARK, environment, whole_folder, write_json
 from experiments.scenario.file import Scenario, load
@@ -29,6 +31,7 @@ from sim.engine import simulate
 from sim.metrics import attainment, cost
 from sim.planners.hexgen2 import HexGen2
 from sim.planners.thunderserve import Candidate, LogRow, TabuSearch
+from sim.planners.thunderserve.capacity import Bound
 from sim.policy import Problem
 from sim.types import ConfigError, InfeasibleError, Plan, Stage, Work
 
@@ -48,6 +51,9 @@ class Option:
     simulated: float | None = None
     usd_per_million_tokens: float | None = None
     goodput_per_s: float | None = None
+    label: str | None = None
+    """Where it comes from, if several ways were tried."""
+    binds: str | None = None
 
     @property
     def gpus(self) -> tuple[str, ...]:
@@ -78,10 +84,16 @@ class Option:
         roles = Counter(replica.role for replica in self.plan.replicas)
         return " + ".join(f"{roles[role]} {role}" for role in ("prefill", "decode", "mixed") if roles[role])
 
+    @property
+    def loss_share(self) -> float | None:
+        """The largest part of the plan's GPUs that one GPU's loss takes with it."""
+        return max((len(one.gpus) for one in self.plan.replicas), default=0) / len(self.gpus) if self.gpus else None
+
     def row(self) -> dict[str, Any]:
         """What is printed and written of it."""
         cluster, predicted = self.setup.problem.cluster, self.predicted
         return {
+            "system": self.setup.system.name,
             "replicas": self.layout,
             "gpus": dict(Counter(cluster.gpu(gpu).name for gpu in self.gpus)),
             "idle_gpus": len(cluster.gpu_ids) - len(self.gpus),
@@ -92,7 +104,9 @@ class Option:
             "usd_per_hour": self.usd_per_hour,
             "usd_per_million_tokens": self.usd_per_million_tokens,
             "requests_per_usd": self.requests_per_usd,
-            "bottleneck": None if predicted is None else predicted.bottleneck,
+            "bottleneck": self.binds if predicted is None else predicted.bottleneck,
+            "loss_share": self.loss_share,
+            "found_by": self.label,
         }
 
 
@@ -104,6 +118,9 @@ class Found:
     options: tuple[Option, ...]
     log: tuple[LogRow, ...] = ()
     notes: tuple[str, ...] = ()
+    bound: Bound | None = None
+    baselines: tuple[Option, ...] = ()
+    cheapest: Option | None = None
 
 
 def plan(
@@ -121,8 +138,11 @@ def plan(
     candidates are simulated, on so many ``requests``. ``with_goodput`` also finds the highest rate of each, which takes
     a dozen simulations. ``InfeasibleError`` says what is missing.
     """
-    offered = found(resolve(under(load(scenario), system)), seconds=seconds).options[:top]
-    judged = [tried(option, requests) for option in offered]
+    setup = resolve(under(load(scenario), system))
+    offers = found(setup, seconds=seconds)
+    if climbs(setup):
+        return ranked([tried(option, requests) for option in climbed(setup, offers, top=top, seconds=seconds).options])
+    judged = [tried(option, requests) for option in offers.options[:top]]
     if with_goodput:
         judged = [rated(option, goodput.Settings(seeds=1, tolerance=TOLERANCE)) for option in judged]
     return ranked(judged)
@@ -159,6 +179,42 @@ def found(setup: Setup, *, seconds: float | None = None, progress: Progress | No
     search = planner.search(problem, progress=progress)
     options = tuple(Option(setup=setup, plan=one.plan, predicted=one) for one in search.candidates if one.served)
     return Found(options=options, log=search.log)
+
+
+def climbs(setup: Setup) -> bool:
+    """Whether the most that the cluster carries is looked for in the engine: a rate may vary, and the SLO bounds something."""
+    slo, workload = setup.problem.slo, setup.scenario.workload
+    bounded = (slo.ttft_s, slo.tpot_s, slo.e2e_s) != (None, None, None) and not slo.classes
+    open_loop = workload.closed_loop is None and workload.sessions is None
+    return isinstance(setup.system.planner, TabuSearch) and bounded and open_loop
+
+
+def climbed(
+    setup: Setup, offers: Found, *, top: int, seconds: float | None = None, progress: Progress = lambda step, best: None
+) -> Found:
+    """From what a search offers to what carries most, with the bound, colocated vLLM and the least rent beside it."""
+    ascent = climb(setup, [one.plan for one in offers.options], top=top, seconds=seconds, progress=progress)
+    if not ascent.contenders:
+        return offers
+    options = tuple(_option(one) for one in ascent.contenders)
+    return replace(
+        offers,
+        options=options,
+        bound=ascent.bound,
+        baselines=tuple(_option(one) for one in ascent.baselines),
+        cheapest=None if ascent.cheapest is None else _option(ascent.cheapest),
+    )
+
+
+def _option(one: Contender) -> Option:
+    setup, planner = one.setup, one.setup.system.planner
+    predicted = None
+    if isinstance(planner, TabuSearch):
+        predicted = planner.predicted(replace(setup.problem, limits=setup.system.limits), one.plan)
+    return Option(
+        setup=setup, plan=one.plan, predicted=predicted, goodput_per_s=one.goodput_per_s, label=one.label,
+        binds=one.binds,
+    )  # fmt: skip
 
 
 def timed(setup: Setup, seconds: float) -> TabuSearch:
