@@ -209,11 +209,6 @@ def _settings(arrival: list[str] | None) -> dict[str, Any]:
 
 
 def _yaml(option: str, text: str) -> Any:
-    import yaml
+    from sim.outside import parse_yaml
 
-    from sim.types import ConfigError
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{option} {text!r}: not valid YAML; write it like '{{fixed: 128}}'") from None
+    return parse_yaml(text, f"{option} {text!r}", "value; write it like '{fixed: 128}'")

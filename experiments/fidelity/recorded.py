@@ -5,7 +5,6 @@ The latter two name no GPU: ``meta.json`` beside them does, or whoever asks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from experiments.fidelity.metadata import Facts, read_facts
 from experiments.runs.vllm_bench import Bench, read_bench
 from experiments.validation.measured import read_measured
 from sim import Request
+from sim.outside import MOST_RESULT_BYTES, parse_json, read_json, read_text
 from sim.types import ConfigError
 
 COLUMNS = ("input_toks", "output_toks", "queued_ts", "first_token_ts", "last_token_ts")
@@ -88,20 +88,15 @@ def _guidellm_model(fields: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error}); copy it anew") from None
+    found = read_json(path, "result", MOST_RESULT_BYTES)
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: must hold an object; copy it anew")
     return found
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as lines of JSON ({error}); copy it anew") from None
+    lines = read_text(path, "log", MOST_RESULT_BYTES).splitlines()
+    return [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _logged(folder: Path, facts: Facts) -> RecordedRun:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.scenario.workload import GenerateSpec, LengthsSpec, StreamSpec, WorkloadSpec
+from sim.outside import is_file
 from sim.policy import Source
 from sim.types import ConfigError, Request
 from traces import (
@@ -148,7 +149,7 @@ def open_trace(stream: StreamSpec, place: str = "workload") -> TraceReader:
     """The stream's trace file, its format known; ``place`` is its key in the scenario, for errors."""
     name = stream.trace or SAMPLE
     path = sample_path() if name == SAMPLE else Path(name)
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"{place}.trace: {name!r} is not a file, here or beside the scenario; check the path")
     return read(path, stream.format, sort=stream.sort, **stream.format_options)
 

@@ -19,7 +19,7 @@ def streams(draw) -> list[Request]:
     requests = []
     for number, arrival_s in enumerate(arrivals):
         prefix, block_tokens = draw(blocks)
-        lengths = {field: draw(st.integers(1, 2**40)) for field in ("input_tokens", "output_tokens")}
+        lengths = {field: draw(st.integers(1, 10**9)) for field in ("input_tokens", "output_tokens")}
         rest = {"session": draw(names), "klass": draw(names), "priority": draw(st.integers(-(2**40), 2**40))}
         requests.append(
             Request(id=number, arrival_s=arrival_s, prefix=prefix, prefix_block_tokens=block_tokens, **lengths, **rest)
