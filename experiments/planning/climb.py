@@ -1,4 +1,4 @@
-"""The most that a cluster carries, and the least that carries what is asked for: ``phasewise plan`` of a searching planner.
+"""The most that a cluster carries, and the least rent for what is asked for: ``phasewise plan`` of a searching planner.
 
 1. The capacity LP: an upper bound, and near-optimal layouts at several loads of the phases.
 2. They race in the engine (``race.py``) with what the planner's own search offers and with the simple layouts that one
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from experiments.planning.race import Contender, Race, Trials
-from experiments.scenario.file import EngineSpec, Scenario, SystemSpec
+from experiments.scenario.file import SystemSpec
 from experiments.scenario.resolve import Setup, resolve
 from sim.planners.thunderserve import TabuSearch
 from sim.planners.thunderserve.capacity import Bound, Shape
@@ -40,7 +40,7 @@ TP_DEGREES = (1, 2, 4, 8)
 class Climbed:
     """``contenders``: of different shapes, the best first; ``baselines``: colocated vLLM, on all GPUs and on each type.
 
-    ``cheapest``: the least rent found that carries the asked rate; None: nothing does.
+    ``cheapest``: the least rent found that carries the scenario's rate; None: it has none, or nothing carries it.
     """
 
     bound: Bound
@@ -198,8 +198,8 @@ class Ascent:
 
     def _cheapest(self, baselines: Sequence[Contender]) -> Contender | None:
         """Of the layouts that carry the asked rate in the engine, the one with the least rent."""
-        rate = self.problem.workload.rate_per_s
-        if not self.survey.priced or self.race.rate_per_s < rate:
+        rate = self.setup.scenario.workload.rate
+        if rate is None or not self.survey.priced or self.race.rate_per_s < rate:
             return None
         shapes = self._of_shapes(self.survey.cheap(rate, colocated=self.colocated), "least rent")
         found = [*shapes, *self._fewest(baselines, rate)]

@@ -37,6 +37,7 @@ from sim.types import ConfigError, InfeasibleError, Plan, Stage, Work
 
 Progress = Callable[[int, float], None]
 """Gets the step and the best value so far."""
+SEARCH_SHARE = 0.25
 TOLERANCE = 0.05
 """Share of the rate to which a candidate's goodput is found."""
 
@@ -139,7 +140,7 @@ def plan(
     a dozen simulations. ``InfeasibleError`` says what is missing.
     """
     setup = resolve(under(load(scenario), system))
-    offers = found(setup, seconds=seconds)
+    offers = found(setup, seconds=search_seconds(setup, seconds))
     if climbs(setup):
         return ranked([tried(option, requests) for option in climbed(setup, offers, top=top, seconds=seconds).options])
     judged = [tried(option, requests) for option in offers.options[:top]]
@@ -182,18 +183,27 @@ def found(setup: Setup, *, seconds: float | None = None, progress: Progress | No
 
 
 def climbs(setup: Setup) -> bool:
-    """Whether the most that the cluster carries is looked for in the engine: a rate may vary, and the SLO bounds something."""
+    """Whether the most that is carried is looked for in the engine: the rate may vary, and the SLO bounds something."""
     slo, workload = setup.problem.slo, setup.scenario.workload
     bounded = (slo.ttft_s, slo.tpot_s, slo.e2e_s) != (None, None, None) and not slo.classes
     open_loop = workload.closed_loop is None and workload.sessions is None
     return isinstance(setup.system.planner, TabuSearch) and bounded and open_loop
 
 
+def search_seconds(setup: Setup, seconds: float | None) -> float | None:
+    """Of the whole time, for the planner's own search: the rest is for trials in the engine."""
+    return seconds if seconds is None or not climbs(setup) else SEARCH_SHARE * seconds
+
+
 def climbed(
     setup: Setup, offers: Found, *, top: int, seconds: float | None = None, progress: Progress = lambda step, best: None
 ) -> Found:
-    """From what a search offers to what carries most, with the bound, colocated vLLM and the least rent beside it."""
-    ascent = climb(setup, [one.plan for one in offers.options], top=top, seconds=seconds, progress=progress)
+    """From what a search offers to what carries most, with the bound, colocated vLLM and the least rent beside it.
+
+    ``seconds``: of the search and this together.
+    """
+    left_s = None if seconds is None else (1 - SEARCH_SHARE) * seconds
+    ascent = climb(setup, [one.plan for one in offers.options], top=top, seconds=left_s, progress=progress)
     if not ascent.contenders:
         return offers
     options = tuple(_option(one) for one in ascent.contenders)
@@ -383,10 +393,12 @@ def shortfall(option: Option) -> str | None:
 # ---------------------------------------------------------------- files
 
 
-def save_plans(folder: Path, title: str, options: Sequence[Option], log: Sequence[LogRow]) -> None:
-    """Write plan.yaml (the best), plan2.yaml ..., candidates.csv, the search and the cluster drawn, the scenario."""
+def save_plans(folder: Path, title: str, options: Sequence[Option], found: Found) -> None:
+    """Write plan.yaml (the best), plan2.yaml ..., cheapest.yaml, candidates.csv, the search and the cluster drawn, the
+    scenario."""
     import pandas as pd
 
+    from experiments.planning.told import told_json
     from experiments.plots.plan import cluster_drawing, search_curve
     from experiments.plots.style import save
 
@@ -397,13 +409,20 @@ def save_plans(folder: Path, title: str, options: Sequence[Option], log: Sequenc
             new.joinpath(name).write_text(plan_yaml(option.plan), encoding="utf-8")
             rows.append({"file": name, **option.row()})
         pd.DataFrame(rows).to_csv(new / "candidates.csv", index=False, lineterminator="\n")
-        if log:
-            save(search_curve(log), new, "search")
+        for name, others in (("baselines", found.baselines), ("cheapest", (found.cheapest,) if found.cheapest else ())):
+            if others:
+                pd.DataFrame([one.row() for one in others]).to_csv(
+                    new / f"{name}.csv", index=False, lineterminator="\n"
+                )
+        if found.cheapest is not None:
+            new.joinpath("cheapest.yaml").write_text(plan_yaml(found.cheapest.plan), encoding="utf-8")
+        if found.log:
+            save(search_curve(found.log), new, "search")
         save(cluster_drawing(best.setup.problem.cluster, best.plan), new, "cluster")
         scenario = best.setup.scenario.model_copy(update={"plan": None})
         new.joinpath("scenario.yaml").write_text(scenario.to_yaml(), encoding="utf-8")
         write_json(new / "environment.json", environment())
-        write_json(new / MARK, {"name": title, "plans": rows})
+        write_json(new / MARK, {"name": title, **told_json(options, found), "plans": rows})
 
 
 def file_names() -> Iterator[str]:

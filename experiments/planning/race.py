@@ -1,8 +1,8 @@
 """Which of many layouts carries most, in the engine: trials at a rate, and a race with the best so far.
 
-A layout enters with what it could carry at most by the capacity LP. Whoever could not beat the best so far is not simulated;
-whoever could is tried a little above it, and only who passes there has its own rate bisected. So a hundred layouts cost
-little more than a hundred trials. ``Contender.goodput_per_s`` of a loser is None: it carries less than the winner.
+A layout enters with what it could carry at most by the capacity LP. Whoever could not beat the best so far is not
+simulated; whoever could is tried a little above it, and only who passes there has its own rate bisected. So a hundred
+layouts cost little more than a hundred trials. ``goodput_per_s`` of a loser is None: it carries less than the winner.
 """
 
 from __future__ import annotations

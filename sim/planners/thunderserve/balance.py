@@ -1,4 +1,4 @@
-"""Shares of the traffic that load everything as evenly as it goes, and how far the rate could grow: an LP with the links.
+"""Shares of the traffic that load everything evenly, and how far the rate could grow: an LP with the links.
 
 Variables: the share of each (prefill, decode) pair and of each replica that does both, and the largest load of any
 replica or link, which is made as small as possible; behind it, with small weight, the largest load of each sort by
@@ -71,7 +71,9 @@ def balanced(
     cost = np.concatenate((np.zeros(size), [1.0], np.full(4, BY_ITSELF)))
     total = np.concatenate((np.ones(size), np.zeros(5)))[None]
     bounds = [(0.0, 1.0 if ok else 0.0) for ok in linked.ravel().tolist()] + [(0.0, 1.0)] * k + [(0.0, None)] * 5
-    solved = linprog(cost, A_ub=matrix, b_ub=np.zeros(len(matrix)), A_eq=total, b_eq=[1.0], bounds=bounds, method="highs")
+    solved = linprog(
+        cost, A_ub=matrix, b_ub=np.zeros(len(matrix)), A_eq=total, b_eq=[1.0], bounds=bounds, method="highs"
+    )
     if solved.x is None:
         return None
     shares = np.clip(solved.x[:size], 0.0, None)

@@ -1,9 +1,9 @@
 """The capacity LP: the most that a cluster carries, and a split of its GPUs that comes near to it.
 
-Variables: how many replicas of each ``Unit``, and the KV flow from each kind of machine to each. Rows: GPUs of a kind (by
-width, so that groups fit machines), prompts computed and tokens decoded against the flow, network ports, lines between
-regions. In fractions of replicas it is an upper bound; in whole numbers (HiGHS' branch and bound, to a gap and a
-number of nodes, never by the clock) a layout. In the manner of Melange's and HexGen-2's programs; the form is ours.
+Variables: how many replicas of each ``Unit``, and the KV flow from each kind of machine to each. Rows: GPUs of a kind
+(by width, so that groups fit machines), prompts computed and tokens decoded against the flow, network ports, lines
+between regions. In fractions of replicas it is an upper bound; in whole numbers (HiGHS' branch and bound, to a gap and
+a number of nodes, never by the clock) a layout. In the manner of Melange's and HexGen-2's programs; the form is ours.
 
 What the bound takes for granted: every replica keeps the SLO's mean time of a token, and is of one GPU type unless no
 type holds the model by itself. Queues and chance are left out, so no plan reaches it.
@@ -89,9 +89,7 @@ class Capacity:
         self.kv_bytes = kv_bytes
         self.prices = prices
         self._problem = units.problem
-        self._pairs = [
-            (a, b) for a, b in product(range(len(self.kinds)), repeat=2) if a == b or self._linked(a, b)
-        ]
+        self._pairs = [(a, b) for a, b in product(range(len(self.kinds)), repeat=2) if a == b or self._linked(a, b)]
 
     @property
     def _size(self) -> int:
@@ -163,9 +161,7 @@ class Capacity:
     def _served(self, loads: Loads) -> NDArray[np.float64]:
         """Requests/s of each variable: flows, and units that do both phases."""
         worth = np.ones(self._size)
-        worth[: len(self.units)] = [
-            loads.of(unit) if unit.role == "mixed" else 0.0 for unit in self.units
-        ]
+        worth[: len(self.units)] = [loads.of(unit) if unit.role == "mixed" else 0.0 for unit in self.units]
         return worth
 
     def bound(self) -> Bound:

@@ -83,7 +83,8 @@ class Routing:
     """Shares of all requests by (prefill, decode) group, what they achieve, and what holds them back.
 
     ``served``: the part of the requests within every capacity; below 1 queues grow and ``attainment`` is that of
-    a replay that sees them grow. ``headroom``: how many times the rate could flow by the LP, links included; ``binds``: what is full first.
+    a replay that sees them grow. ``headroom``: how many times the rate could flow by the LP, links
+    included; ``binds``: what is full first.
     """
 
     shares: Floats

@@ -14,7 +14,7 @@ from sim.planners.thunderserve.capacity import Shape
 from sim.planners.thunderserve.orchestrate import LINK_SHARE, Links
 from sim.planners.thunderserve.replay import Floats
 from sim.planners.thunderserve.units import ROLES, Unit, Units
-from sim.types import Plan, Replica, Role, Stage
+from sim.types import Plan, Replica, Role
 
 LIKELY = 0.4
 """How cautious the likely rates are: queues that are shared by several replicas wait less than each by itself."""
@@ -66,7 +66,9 @@ class Placer:
             machines = self._machines(unit, left, here if spread else None)
             if machines is None:
                 return None
-            taken = [iter([left[m].pop(0) for _ in range(slot.gpus)]) for m, slot in zip(machines, unit.slots, strict=True)]
+            taken = [
+                iter([left[m].pop(0) for _ in range(slot.gpus)]) for m, slot in zip(machines, unit.slots, strict=True)
+            ]
             here.update((machine, unit.role) for machine in machines)
             found.append(self._replica(unit, f"{unit.role}{numbers[unit.role]}", taken))
             numbers[unit.role] += 1
@@ -122,8 +124,8 @@ class Placer:
         if any((some <= 0).any() for some in likely.values()):
             return None
         found, limit = (
-            balanced(*(rates[role] / self._rate_per_s for role in ROLES), linked=linked, shared=shared)
-            for rates in (likely, most)
+            balanced(p / self._rate_per_s, d / self._rate_per_s, m / self._rate_per_s, linked, shared)
+            for p, d, m in ([rates[role] for role in ROLES] for rates in (likely, most))
         )
         if found is None or limit is None:
             return None
@@ -141,7 +143,9 @@ class Placer:
         found: Floats = rates[:, 0] + caution * (rates[:, 1] - rates[:, 0])
         return found
 
-    def _ways(self, prefills: Sequence[Replica], decodes: Sequence[Replica]) -> tuple[NDArray[np.bool_], list[Resource]]:
+    def _ways(
+        self, prefills: Sequence[Replica], decodes: Sequence[Replica]
+    ) -> tuple[NDArray[np.bool_], list[Resource]]:
         linked = np.zeros((len(prefills), len(decodes)), dtype=bool)
         usage: dict[str, Floats] = {}
         for i, a in enumerate(prefills):
@@ -165,7 +169,9 @@ def _shares(by_role: dict[Role, list[Replica]], found: Balance) -> dict[tuple[st
         for j, b in enumerate(by_role["decode"])
         if found.pairs[i, j] > 0
     }
-    shares.update({(one.name, one.name): float(found.mixed[i]) for i, one in enumerate(by_role["mixed"]) if found.mixed[i]})
+    shares.update(
+        {(one.name, one.name): float(found.mixed[i]) for i, one in enumerate(by_role["mixed"]) if found.mixed[i]}
+    )
     return shares
 
 

@@ -1,14 +1,14 @@
 """Layouts worth a look, before anything is simulated: near-optimal ones by the capacity program, and their neighbours.
 
-``Survey`` holds one cluster's units, program and placer. ``shapes`` asks the program at several loads of the phases, with
-and without groups that do both; ``neighbours`` changes a layout by one step. The phases' loads matter because queues
-and chance cost one phase more than the other, by an amount that only a replay or a simulation tells.
+``Survey`` holds one cluster's units, program and placer. ``shapes`` asks the program at several loads of the phases,
+with and without groups that do both; ``neighbours`` changes a layout by one step. The phases' loads matter because
+queues and chance cost one phase more than the other, by an amount that only a replay or a simulation tells.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from itertools import combinations, product
 
 from sim.planners.thunderserve.capacity import Capacity, Loads, Shape
@@ -55,7 +55,7 @@ class Survey:
         return self.units.kinds
 
     def shapes(self, *, colocated: bool = True) -> list[Shape]:
-        """Near-optimal layouts, the one with the highest rate by the program first; ``colocated``: groups may do both."""
+        """Near-optimal layouts at several loads and cautions; ``colocated``: groups may do both phases."""
         found: dict[tuple[tuple[Unit, int], ...], Shape] = {}
         for one in (one for one in LOADS if colocated or "mixed" not in one.roles):
             shape = self.capacity.shape(one)
@@ -68,7 +68,9 @@ class Survey:
         roles: tuple[Role, ...] = (*SPLIT, "mixed") if colocated else SPLIT
         found: dict[tuple[tuple[Unit, int], ...], Shape] = {}
         for load in CHEAP_LOADS:
-            shape = self.capacity.cheapest(rate_per_s, Loads(prefill=load, decode=load, mixed=load, caution=CAUTION[1], roles=roles))
+            shape = self.capacity.cheapest(
+                rate_per_s, Loads(prefill=load, decode=load, mixed=load, caution=CAUTION[1], roles=roles)
+            )
             if shape is not None:
                 found.setdefault(shape.counts, shape)
         return list(found.values())
@@ -172,7 +174,7 @@ class Survey:
 
 
 def signature(plan: Plan, types: dict[str, str]) -> tuple[tuple[str, tuple[tuple[str, int, int], ...]], ...]:
-    """What tells layouts apart: phases, GPU types, TP and layers of the stages; not which GPU of a machine. ``types``: by GPU."""
+    """What tells layouts apart: phases, GPU types (``types``, by GPU), TP and layers; not which GPU of a machine."""
     return tuple(
         sorted(
             (one.role, tuple((types[stage.gpus[0]], stage.tp, stage.num_layers) for stage in one.stages))

@@ -56,7 +56,7 @@ class Slot(NamedTuple):
 class Unit:
     """One possible replica. ``stages`` lie on example machines, slot by slot.
 
-    ``rate_per_s``: the most that it serves; ``safe_per_s``: where its own queue, shared with no other, keeps the SLO too.
+    ``rate_per_s``: the most that it serves; ``safe_per_s``: where its queue, shared with no other, keeps the SLO too.
     """
 
     role: Role
@@ -189,14 +189,17 @@ class Units:
         server = self.layouts.server(stages, "decode")
         assert isinstance(server, Decoder)
         found = []
-        for most, token_s in ((self._most_seqs(server.kv_tokens), self.token_s), (server.most_seqs, 0.9 * self.token_s)):
+        for most, token_s in (
+            (self._most_seqs(server.kv_tokens), self.token_s),
+            (server.most_seqs, 0.9 * self.token_s),
+        ):
             seqs = np.arange(1, most + 1)
             times_s = server.step_s[seqs] + server.step_s_per_context[seqs] * self.sample.mean_context
             found.append(float(np.where(times_s <= token_s, seqs / times_s, 0.0).max()) / self._steps)
         return found[0], 0.95 * found[1]
 
     def _mixed(self, stages: tuple[Stage, ...]) -> float:
-        """Per step a request's prompt tokens for each of its output tokens: in even parts, or in full steps now and then.
+        """Per step a request's prompt tokens for each of its output tokens: evenly, or in full steps now and then.
 
         The second has decodes of their own in between, which some models price lower (CUDA graphs). The faster counts.
         """
@@ -270,4 +273,3 @@ def _work(batch: float, prompt_tokens: float, mean_input: float, context: float)
     chunks = ((size, 0),) * int(whole) + (((left, round((mean_input - left) / 2)),) if left else ())
     seqs = max(1, round(batch))
     return Work(chunks, seqs, round(seqs * context))
-

@@ -54,7 +54,8 @@ class World:
         self._free = [[gpu for gpu in node.gpu_ids if gpu not in without] for node in problem.cluster.nodes]
 
     def start(self) -> list[Grouping]:
-        """As many groups as the clustering closes; by FLOP/s per byte/s, the first of them prefill, for any number; and both phases on every machine.
+        """As many groups as the clustering closes; by FLOP/s per byte/s, the first of them prefill, for any number; and
+        both phases on every machine.
 
         ``InfeasibleError`` if there is no room for two copies of the model, or no link between any two groups.
         """
