@@ -181,7 +181,8 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, float], None]]:
 
 
 def _report(best: list[Option], found: Found, title: str, out: Path | None, json_: bool, log: Any) -> None:
-    from experiments.planning.plan import save_plans, shortfall
+    from experiments.planning.plan import shortfall
+    from experiments.planning.saved import save_plans
     from experiments.planning.told import told, told_json
 
     if out is not None:
@@ -210,7 +211,7 @@ def _print(best: list[Option], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from experiments.planning.plan import file_names
+    from experiments.planning.saved import file_names
 
     rated = any(option.goodput_per_s is not None for option in best)
     table = Table(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from experiments.planning.race import Contender, Race, Trials
+from experiments.planning.race import COARSE, Contender, Race, Trials
 from experiments.scenario.file import SystemSpec
 from experiments.scenario.resolve import Setup, resolve
 from sim.planners.thunderserve import TabuSearch
@@ -28,10 +28,12 @@ SEARCHED = 4
 """Candidates of the planner's own search that race."""
 NEIGHBOURS = 14
 """Of the best layout, in a round."""
-MOST_TRIALS = 160
+MOST_TRIALS = 120
+TRIALS_A_STEP = 4
+"""Of the search's own ``n_steps``: who wants a short search gets a short race."""
 RESERVED = 40
-"""Trials kept for baselines and for the least rent."""
-AGAIN_STEPS = 20
+"""More trials, for the rates of others than the best, and for the least rent."""
+AGAIN_STEPS = 10
 """Of the planner's search at the rate that is carried."""
 TP_DEGREES = (1, 2, 4, 8)
 
@@ -78,7 +80,8 @@ class Ascent:
         self.spot = setup.scenario.cluster.pricing == "spot"
         self.survey = Survey(self.problem, planner.transfer, spot=self.spot)
         until_s = inf if seconds is None else time.perf_counter() + seconds
-        self.race = Race(Trials(setup), MOST_TRIALS - RESERVED, until_s, progress)
+        most = min(MOST_TRIALS, TRIALS_A_STEP * max(1, planner.n_steps))
+        self.race = Race(Trials(setup), most, until_s, progress)
 
     def run(self, offered: Sequence[Plan], top: int) -> Climbed:
         bound = self.survey.capacity.bound()
@@ -90,6 +93,8 @@ class Ascent:
         self._iterate()
         self.race.most_trials += RESERVED
         rated = tuple(self._rated(several) for several in baselines.values())
+        for one in rated:
+            self.race.note(one)
         cheapest = self._cheapest(rated)
         return Climbed(
             bound=bound, contenders=self._leaders(top), baselines=rated, cheapest=cheapest,
@@ -184,9 +189,9 @@ class Ascent:
         best = self.race.best
         if best is None:
             return ()
-        others = [one for one in self.race.tried.values() if one.key != best.key]
+        others = [one for one in self.race.entered.values() if one.key != best.key]
         others.sort(key=lambda one: -(one.goodput_per_s or min(one.likely_per_s, self.race.rate_per_s)))
-        rated = [one if one.goodput_per_s else self.race.rated(one) for one in others[: top - 1]]
+        rated = [one if one.goodput_per_s else self.race.rated(one, COARSE) for one in others[: top - 1]]
         return tuple(sorted([best, *rated], key=lambda one: -(one.goodput_per_s or 0.0)))
 
     def _rated(self, several: Sequence[Contender]) -> Contender:
@@ -194,7 +199,7 @@ class Ascent:
         best = max(several, key=lambda one: one.likely_per_s)
         found = [self.race.tried.get(one.key, one) for one in several]
         measured = [one for one in found if one.goodput_per_s]
-        return max(measured, key=lambda one: one.goodput_per_s or 0.0) if measured else self.race.rated(best)
+        return max(measured, key=lambda one: one.goodput_per_s or 0.0) if measured else self.race.rated(best, COARSE)
 
     def _cheapest(self, baselines: Sequence[Contender]) -> Contender | None:
         """Of the layouts that carry the asked rate in the engine, the one with the least rent."""

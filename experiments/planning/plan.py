@@ -1,13 +1,13 @@
 """``phasewise plan``: candidates of a system's planner, tried in the engine, ranked and written.
 
 ``found`` asks the planner, ``replanned`` after a loss, ``budget.py`` on GPUs it may choose. ``tried`` runs a candidate
-on a short trace, ``ranked`` orders them, ``save_plans`` writes the lot. ``InfeasibleError`` says what is missing.
+on a short trace, ``ranked`` orders them, ``saved.py`` writes the lot. ``InfeasibleError`` says what is missing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -20,7 +20,6 @@ from experiments.planning import goodput
 from experiments.planning.climb import climb
 from experiments.planning.race import Contender
 from experiments.runs.comparison import Given, variants
-from experiments.runs.rundir import MARK, environment, whole_folder, write_json
 from experiments.scenario.file import Scenario, load
 from experiments.scenario.planfile import plan_yaml, read_plan
 from experiments.scenario.requests import RequestStream
@@ -38,6 +37,9 @@ from sim.types import ConfigError, InfeasibleError, Plan, Stage, Work
 Progress = Callable[[int, float], None]
 """Gets the step and the best value so far."""
 SEARCH_SHARE = 0.25
+"""Of ``seconds``, for the planner's own search; the rest is for trials in the engine."""
+PATIENCE = 15
+"""Steps without gain after which that search ends, where trials in the engine follow."""
 TOLERANCE = 0.05
 """Share of the rate to which a candidate's goodput is found."""
 
@@ -174,6 +176,8 @@ def found(setup: Setup, *, seconds: float | None = None, progress: Progress | No
     planner = setup.system.planner
     if seconds is not None:
         planner = timed(setup, seconds)
+    if isinstance(planner, TabuSearch) and climbs(setup):
+        planner = replace(planner, patience=min(planner.patience, PATIENCE))
     if not isinstance(planner, TabuSearch | HexGen2):
         only = Option(setup=setup, plan=planner.plan(problem))
         return Found(options=(only,), notes=tuple(planner.explain(problem)) if isinstance(planner, Explains) else ())
@@ -380,6 +384,13 @@ def shortfall(option: Option) -> str | None:
     if share is None or share >= target:
         return None
     what = f"slo.attainment is {target:g}; the best plan reaches {share:.3f} in the simulation"
+    if option.binds is not None:
+        rate, asked = option.goodput_per_s, option.setup.problem.workload.rate_per_s
+        carried = "nothing" if rate is None else f"{rate:.4g}"
+        return (
+            f"{what} and carries {carried} of the {asked:.4g} requests/s, held back by {option.binds}; it takes more "
+            "of that, a lower rate or a looser slo"
+        )
     if predicted is None:
         return f"{what}; it takes a lower rate, a looser slo or more GPUs"
     if predicted.served < 1:
@@ -388,46 +399,3 @@ def shortfall(option: Option) -> str | None:
             f"{predicted.bottleneck}; it takes more of that, or a lower rate"
         )
     return f"{what} and is predicted to serve the whole rate; it takes a looser slo, a lower rate or faster GPUs"
-
-
-# ---------------------------------------------------------------- files
-
-
-def save_plans(folder: Path, title: str, options: Sequence[Option], found: Found) -> None:
-    """Write plan.yaml (the best), plan2.yaml ..., cheapest.yaml, candidates.csv, the search and the cluster drawn, the
-    scenario."""
-    import pandas as pd
-
-    from experiments.planning.told import told_json
-    from experiments.plots.plan import cluster_drawing, search_curve
-    from experiments.plots.style import save
-
-    best = options[0]
-    with whole_folder(folder) as new:
-        rows = []
-        for name, option in zip(file_names(), options, strict=False):
-            new.joinpath(name).write_text(plan_yaml(option.plan), encoding="utf-8")
-            rows.append({"file": name, **option.row()})
-        pd.DataFrame(rows).to_csv(new / "candidates.csv", index=False, lineterminator="\n")
-        for name, others in (("baselines", found.baselines), ("cheapest", (found.cheapest,) if found.cheapest else ())):
-            if others:
-                pd.DataFrame([one.row() for one in others]).to_csv(
-                    new / f"{name}.csv", index=False, lineterminator="\n"
-                )
-        if found.cheapest is not None:
-            new.joinpath("cheapest.yaml").write_text(plan_yaml(found.cheapest.plan), encoding="utf-8")
-        if found.log:
-            save(search_curve(found.log), new, "search")
-        save(cluster_drawing(best.setup.problem.cluster, best.plan), new, "cluster")
-        scenario = best.setup.scenario.model_copy(update={"plan": None})
-        new.joinpath("scenario.yaml").write_text(scenario.to_yaml(), encoding="utf-8")
-        write_json(new / "environment.json", environment())
-        write_json(new / MARK, {"name": title, **told_json(options, found), "plans": rows})
-
-
-def file_names() -> Iterator[str]:
-    yield "plan.yaml"
-    number = 2
-    while True:
-        yield f"plan{number}.yaml"
-        number += 1

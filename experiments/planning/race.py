@@ -26,8 +26,8 @@ from traces import TraceSource
 
 GAIN = 1.02
 """Over the best so far, to beat it."""
-FINE = 0.015
-"""Share of a rate to which the goodput of the leaders is found."""
+FINE, COARSE = 0.015, 0.04
+"""Share of a rate to which the goodput of the best is found, and that of others."""
 MARGIN = 1.15
 """What the LP says may be so much too low: it takes mean lengths for all."""
 FEWEST, MOST = 500, 8000
@@ -99,7 +99,7 @@ class Trials:
 
 @dataclass(slots=True)
 class Race:
-    """The best so far, and who has been tried. ``most_trials``: then it ends; ``until``: the same by the clock."""
+    """The best so far, who has been tried, and all who entered. ``most_trials``, ``until_s``: then it ends."""
 
     trials: Trials
     most_trials: int
@@ -107,6 +107,7 @@ class Race:
     progress: Callable[[int, float], None] = lambda step, best: None
     best: Contender | None = None
     tried: dict[object, Contender] = field(default_factory=dict)
+    entered: dict[object, Contender] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -119,17 +120,24 @@ class Race:
     def enter(self, contenders: Iterable[Contender], *, first: int = 10**9) -> bool:
         """The likeliest first, at most so many; whether the best has changed."""
         before = self.best
-        for one in sorted(contenders, key=lambda one: -one.likely_per_s):
+        in_order = sorted(contenders, key=lambda one: -one.likely_per_s)
+        for one in in_order:
+            self.entered.setdefault(one.key, one)
+        for one in in_order:
             if self.over or first <= 0:
                 break
             if one.key in self.tried or one.most_per_s * MARGIN < self.rate_per_s * GAIN:
                 continue
             first -= 1
-            self.tried[one.key] = found = self._measured(one)
-            if (found.goodput_per_s or 0.0) > self.rate_per_s:
-                self.best = found
+            self.note(self._measured(one))
             self.progress(self.trials.count, self.rate_per_s)
         return self.best is not before
+
+    def note(self, found: Contender) -> None:
+        """It was tried, and is the best if its rate is the highest."""
+        self.tried[found.key] = self.entered[found.key] = found
+        if (found.goodput_per_s or 0.0) > self.rate_per_s:
+            self.best = found
 
     def _measured(self, one: Contender) -> Contender:
         if self.best is None:
@@ -139,7 +147,7 @@ class Race:
             return one
         return replace(one, goodput_per_s=self._up(one, floor))
 
-    def rated(self, one: Contender) -> Contender:
+    def rated(self, one: Contender, tolerance: float = FINE) -> Contender:
         """With its own rate, whoever is best; None if it keeps the SLO at no rate."""
         low, high = 0.0, inf
         rate = one.likely_per_s
@@ -150,16 +158,19 @@ class Race:
             high, rate = rate, rate * 0.75
         if not low:
             return replace(one, goodput_per_s=None)
-        return replace(one, goodput_per_s=self._up(one, low) if high == inf else self._between(one, low, high))
+        return replace(
+            one,
+            goodput_per_s=self._up(one, low, tolerance) if high == inf else self._between(one, low, high, tolerance),
+        )
 
-    def _up(self, one: Contender, good: float) -> float:
+    def _up(self, one: Contender, good: float, tolerance: float = FINE) -> float:
         step = 0.04
         while self.trials.passed(one, good * (1 + step)):
             good, step = good * (1 + step), 2 * step
-        return self._between(one, good, good * (1 + step))
+        return self._between(one, good, good * (1 + step), tolerance)
 
-    def _between(self, one: Contender, good: float, bad: float) -> float:
-        while bad - good > FINE * good:
+    def _between(self, one: Contender, good: float, bad: float, tolerance: float) -> float:
+        while bad - good > tolerance * good:
             middle = (good + bad) / 2
             good, bad = (middle, bad) if self.trials.passed(one, middle) else (good, middle)
         return good
