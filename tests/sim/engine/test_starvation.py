@@ -83,8 +83,8 @@ def tight(system: System, batcher: Callable[[], Batcher] | None = None) -> list[
     if batcher is not None:
         system = replace(system, batcher=lambda role: batcher())
     watching, found = watched(with_limits(system, num_kv_blocks=60))
-    run(watching, [request(n, 0.001 * n, 90, 60 + 50 * (n % 4)) for n in range(100)], problem(cluster(1, 2)), plan=SPLIT,
-        step_by_step=True)  # fmt: skip
+    requests = [request(n, 0.001 * n, 90, 60 + 50 * (n % 4)) for n in range(100)]
+    run(watching, requests, problem(cluster(1, 2)), plan=SPLIT, step_by_step=True)
     return found
 
 
