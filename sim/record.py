@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,8 @@ MEASURED_COLUMNS = (
 TRACE_COLUMNS = ("session", "priority", "samples", "beam_search", "prefix", "prefix_block_tokens")
 """What a replay needs beside arrival, lengths and class; prefix hashes are text, as in a trace file."""
 REQUEST_COLUMNS = (*MEASURED_COLUMNS, *TRACE_COLUMNS)
+
+LAST_INT64 = 2**63 - 1
 
 ON_THE_WAY = " > "
 """Between the nodes of a path, in the columns of a request's places."""
@@ -249,9 +252,7 @@ class Result:
 
     def token_gaps_s(self) -> list[NDArray[Any]]:
         """The gaps between consecutive tokens of each request, in order of request id."""
-        return [
-            np.diff(np.array(list(self._token_times(row)), dtype=np.int64)) / PS_PER_S for row in self.rows.requests
-        ]
+        return [_gaps_s(list(self._token_times(row))) for row in self.rows.requests]
 
     def itl_s(self) -> NDArray[Any]:
         """Every gap between consecutive tokens of a request, over all requests."""
@@ -286,6 +287,12 @@ class Result:
                     break
                 for count in range(max(1, first_it + 1 - it0), min(iterations, last_it - it0) + 1):
                     yield start_ps + count * first_ps + slope_ps * (count * (count - 1) // 2)
+
+
+def _gaps_s(times_ps: list[int]) -> NDArray[Any]:
+    if times_ps and times_ps[-1] > LAST_INT64:  # after day 106
+        return np.array([late - early for early, late in pairwise(times_ps)], dtype=float) / PS_PER_S
+    return np.diff(np.array(times_ps, dtype=np.int64)) / PS_PER_S
 
 
 def _array(items: Sequence[Any], name: str, dtype: Any) -> NDArray[Any]:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
 from typing import Literal, NamedTuple
 
 PS_PER_S = 10**12
+LAST_S = 1e9
+"""No simulation is longer (30 years): what says more is a date, or in another unit."""
+MOST_TOKENS = 10**9
+"""Of one request: beyond any context."""
+MOST_SAMPLES = 10**6
 
 Role = Literal["mixed", "prefill", "decode"]
 ROLES: tuple[Role, ...] = ("mixed", "prefill", "decode")
@@ -71,17 +75,24 @@ class Request:
     """Outputs sampled in parallel from one prompt, each of ``output_tokens``; they share the prompt's KV."""
     beam_search: bool = False
     """The samples are the beams of one search: they share all but their last blocks (``memory.beam_tail_blocks``)."""
+    think_s: float | None = None
+    """How long after the end of its session's turn before it is sent, where that was recorded."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.arrival_s < inf:
-            raise ConfigError(f"request {self.id}: arrival_s is {self.arrival_s}; it must be a number >= 0")
-        if self.input_tokens < 1 or self.output_tokens < 1:
+        if not 0 <= self.arrival_s <= LAST_S:
+            mend = f"at most {LAST_S:g} s from the start (a date?)" if self.arrival_s > 0 else "a number >= 0"
+            raise ConfigError(f"request {self.id}: arrival_s is {self.arrival_s}; it must be {mend}")
+        if not (1 <= self.input_tokens <= MOST_TOKENS and 1 <= self.output_tokens <= MOST_TOKENS):
+            small = min(self.input_tokens, self.output_tokens) < 1
             raise ConfigError(
                 f"request {self.id}: input_tokens {self.input_tokens} and output_tokens "
-                f"{self.output_tokens} must both be >= 1"
+                f"{self.output_tokens} must both be {'>= 1' if small else f'at most {MOST_TOKENS:,}'}"
             )
-        if self.samples < 1:
-            raise ConfigError(f"request {self.id}: samples is {self.samples}; it must be >= 1")
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            mend = ">= 1" if self.samples < 1 else f"at most {MOST_SAMPLES:,}"
+            raise ConfigError(f"request {self.id}: samples is {self.samples}; it must be {mend}")
+        if self.think_s is not None and not 0 <= self.think_s <= LAST_S:
+            raise ConfigError(f"request {self.id}: think_s is {self.think_s}; it must be a number >= 0")
         if self.prefix and not self.prefix_block_tokens:
             raise ConfigError(f"request {self.id}: prefix hashes need prefix_block_tokens")
 

@@ -18,8 +18,8 @@ PACKAGES = ("sim", "calibrate", "traces", "experiments", "phasewise")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 ORDER = (
-    "sim.types", "sim.cluster", "sim.model", "sim.cost", "sim.policy", "sim.memory", "sim.record", "sim.engine",
-    "sim.usage", "sim.metrics", "sim.goodput",
+    "sim.types", "sim.outside", "sim.cluster", "sim.model", "sim.cost", "sim.policy", "sim.memory", "sim.record",
+    "sim.engine", "sim.usage", "sim.metrics", "sim.goodput",
     "sim.batchers", "sim.routers", "sim.transfers", "sim.reschedulers", "sim.predictors",
     "sim.planners", "sim.systems",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, done to the letter in a copy of the repository."""
+"""The recipes of CONTRIBUTING.md and docs/add_a_system.md, done to the letter in a copy of the repository."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Block(NamedTuple):
 
 
 def recipe(title: str) -> list[Block]:
-    sections = dict(SECTION.findall(ROOT.joinpath("CONTRIBUTING.md").read_text(encoding="utf-8")))
+    pages = (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "add_a_system.md")
+    sections = dict(found for page in pages for found in SECTION.findall(page.read_text(encoding="utf-8")))
     return [Block(*found) for found in BLOCK.findall(sections[title])]
 
 
@@ -113,7 +114,8 @@ def test_a_system(copy: Path) -> None:
     for command in ("check", "format --check"):
         style = shell(
             copy,
-            f"ruff {command} sim/systems/__init__.py sim/systems/session_affinity.py tests/test_session_affinity.py",
+            f"ruff {command} sim/systems/__init__.py sim/systems/schedulers/session_affinity.py "
+            "tests/sim/systems/schedulers/test_session_affinity.py",
         )
         assert style.returncode == 0, style.stdout
 

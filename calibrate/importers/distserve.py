@@ -14,13 +14,13 @@ baseline's OPT-66B, TP 4).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sim.cost import DecodeTerms, Polynomial, Profile, PromptTerms, Provenance
 from sim.model import ModelSpec
 from sim.model import model as find_model
+from sim.outside import read_json
 from sim.types import ConfigError
 
 GPU = "A100-80G-SXM"
@@ -72,10 +72,7 @@ def _provenance(engine: str, left_out: list[str]) -> Provenance:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error}); copy DistServe's file anew") from None
+    data = read_json(path, "profile of DistServe", mend="copy DistServe's file anew")
     if not isinstance(data, dict) or not data or not all(isinstance(part, dict) for part in data.values()):
         raise ConfigError(f"{path}: must map models to TP degrees; copy DistServe's file anew")
     return data

@@ -27,7 +27,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import typer
-import yaml
 
 from calibrate import fit
 from calibrate.fit import Floats, Rows
@@ -35,6 +34,7 @@ from calibrate.profile.file import write_profile
 from sim.cost import VLLM_GRAPHS, Grid, HeldOut, Profile, ProfileEntry, Provenance, Table
 from sim.model import ModelSpec
 from sim.model import model as find_model
+from sim.outside import read_yaml
 from sim.types import ConfigError
 
 GPUS = {"RTX4090": "RTX-4090", "RTXPRO6000": "RTX-PRO-6000"}
@@ -106,7 +106,7 @@ def _provenance(version: str, date: str) -> Provenance:
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    meta = yaml.safe_load(path.read_text(encoding="utf-8"))
+    meta = read_yaml(path, "meta.yaml")
     for field, known in (("hardware", GPUS), ("model", MODELS), ("variant", DTYPES)):
         if not isinstance(meta, dict) or meta.get(field) not in known:
             found = meta.get(field) if isinstance(meta, dict) else meta

@@ -28,6 +28,7 @@ from sim.cost import (
     Provenance,
     Table,
 )
+from sim.outside import clip, is_file, read_json
 from sim.types import ConfigError
 
 SCHEMA = "phasewise-profile"
@@ -126,15 +127,10 @@ def profile_text(profile: Profile, samples: tuple[Samples, ...] = ()) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not is_file(path):
         known = ", ".join(shipped_profiles())
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give a file, or one of: {known}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file; a profile is JSON in UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: damaged or cut short ({error}); copy or make it anew") from None
+        raise ConfigError(f"{clip(str(path))}: cannot be read: there is no such file; give a file, or one of: {known}")
+    return read_json(path, "profile", mend="it is damaged or cut short: copy or make it anew")
 
 
 def _tuples(data: Any) -> Any:

@@ -21,8 +21,10 @@ from experiments.cli import plan as commands_plan
 from experiments.cli import replay as commands_replay
 from experiments.cli import report as commands_report
 from experiments.cli import results as commands_results
+from experiments.cli import sweep as commands_sweep
 from experiments.cli import trace as commands_trace
 from experiments.cli import validate as commands_validate
+from experiments.cli.guard import guarded
 
 if TYPE_CHECKING:
     from experiments.scenario.file import Scenario
@@ -40,6 +42,7 @@ app.add_typer(calibrate_cli.app, name="calibrate")
 commands_calibrate.register(calibrate_cli.app)
 commands_lists.register(app)
 commands_results.register(app)
+commands_sweep.register(app)
 commands_report.register(app)
 commands_goodput.register(app)
 commands_plan.register(app)
@@ -85,6 +88,8 @@ def run(
     if out is not None:
         check_writable(out)
     setup = resolve(experiment)
+    for remark in setup.requests.remarks:
+        log.say(remark)
     with log.counting(experiment.system.name) as progress:
         result = setup.run(step_by_step=step_by_step, progress=progress)
     summary = {"name": scenario.stem, **setup.summary(result)}
@@ -174,14 +179,15 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Errors made on purpose print one line: exit code 2 for input, 1 for what went wrong in a run."""
-    try:
-        app(arguments)
-    except Exception as error:
-        from sim.types import ConfigError, SimulationError
+@app.callback()
+def _options(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="show where a defect arose (after any command)")
+    ] = False,
+) -> None:
+    """Simulate LLM serving on heterogeneous GPUs whose prefill and decode may run on different machines."""
 
-        if not isinstance(error, SimulationError):
-            raise
-        print(f"phasewise: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; see ``experiments.cli.guard`` for exit codes."""
+    guarded(app, sys.argv[1:] if arguments is None else arguments)

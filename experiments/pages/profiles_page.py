@@ -1,4 +1,4 @@
-"""``docs/profiles.md``: every shipped latency profile, out of the profiles themselves."""
+"""``docs/reference/profiles.md``: every shipped latency profile, out of the profiles themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``docs/scenario.md``: every key of a scenario file, out of the models that check it."""
+"""``docs/reference/scenario.md``: every key of a scenario file, out of the models that check it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -13,9 +12,10 @@ from experiments.runs.progress import Log
 from experiments.runs.rundir import (
     MARK,
     Run,
-    check_run,
     environment,
     read_run,
+    read_summary,
+    whole_files,
     whole_folder,
     write_json,
     write_run_files,
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from experiments.plots.run.timeline import Window
 
+
+FILES = {".png", ".svg", ".csv", ".json", ".yaml", ".html", ".md", ".parquet"}
+LONGEST_NAME = 100
 
 Given = Scenario | str | Path | Mapping[str, Any]
 """What scripts may give for a scenario: see ``scenario.file.load``."""
@@ -90,7 +93,22 @@ def variants(scenario: Scenario, systems: str | None = None) -> dict[str, Scenar
     for label in chosen:
         if label not in known:
             raise ConfigError(f"--systems: {did_you_mean(label, known)}")
+    check_labels(chosen)
     return {label: scenario.variant(label, known[label]) for label in dict.fromkeys(chosen)}
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Each label becomes a folder beside figures and tables: refuse two that collide, and names of files."""
+    taken: dict[str, str] = {}
+    for label in dict.fromkeys(labels):
+        folder = _folder_name(label).lower()
+        if Path(folder).suffix in FILES or len(folder) > LONGEST_NAME:
+            raise ConfigError(
+                f"compare.{label[:80]}: the label becomes a folder's name; choose a short one like 'vllm-tp2'"
+            )
+        if folder in taken:
+            raise ConfigError(f"compare.{label}: its folder would be that of {taken[folder]!r}; rename one of them")
+        taken[folder] = label
 
 
 def run_all(
@@ -101,6 +119,8 @@ def run_all(
     Returns the runs, and why others are left out: their planners found nothing. ``InfeasibleError`` if all are.
     """
     setups = {label: resolve(scenario) for label, scenario in chosen.items()}
+    for remark in dict.fromkeys(remark for setup in setups.values() for remark in setup.requests.remarks):
+        log.say(remark)
     runs: dict[str, Run] = {}
     left_out: dict[str, str] = {}
     for number, (label, setup) in enumerate(setups.items(), start=1):
@@ -139,20 +159,28 @@ def draw(run_dir: Path, out: Path | None, from_s: float | None, to_s: float | No
     """Every figure of a run directory or a comparison, into ``out``; returns the files."""
     from experiments.plots.run.gallery import save_all
 
-    check_run(run_dir)
     window = _window(from_s, to_s)
-    summary = json.loads(run_dir.joinpath(MARK).read_text(encoding="utf-8"))
+    summary = read_summary(run_dir)
     if "runs" in summary:
-        runs = {label: read_run(run_dir / name) for label, name in summary["runs"].items()}
+        runs = {label: read_run(run_dir / name) for label, name in _parts(run_dir, summary["runs"]).items()}
     else:
         run = read_run(run_dir)
-        runs = {run.summary["system"]: run}
+        runs = {run.summary.get("system") or run.name: run}
     folder = out or (run_dir if "runs" in summary else run_dir / "plots")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return save_all(runs, folder, name=summary.get("name") or run_dir.name, window_s=window)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written to: {error.strerror}; name another with --out") from None
+    with whole_files(folder) as new:
+        try:
+            drawn = save_all(runs, new, name=summary.get("name") or run_dir.name, window_s=window)
+        except (KeyError, TypeError) as error:
+            missing = f"its summary or tables lack {error}" if isinstance(error, KeyError) else str(error)
+            raise ConfigError(f"{run_dir}: the run directory is damaged: {missing}; run the scenario again") from None
+    return [folder / path.name for path in drawn]
+
+
+def _parts(run_dir: Path, runs: Any) -> Mapping[str, str]:
+    """Label -> folder of each run of a comparison."""
+    if isinstance(runs, dict) and runs and all(isinstance(name, str) for name in runs.values()):
+        return runs
+    raise ConfigError(f"{run_dir / MARK}: field runs must map labels to folders; run the comparison again")
 
 
 def _window(from_s: float | None, to_s: float | None) -> Window | None:

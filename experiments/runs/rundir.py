@@ -7,6 +7,7 @@ the list of gaps between its tokens.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -15,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sim.outside import clip, is_file, read_json
 from sim.record import Result
 from sim.types import ConfigError
 
@@ -31,6 +33,8 @@ TABLES = ("requests", "steps", "links", "memory", "replicas")
 OPTIONAL_TABLES = ("notes", "tokens")
 MARK = "summary.json"
 """The file by which a directory of ours is known."""
+JOURNAL = "journal.jsonl"
+"""Of a job that is under way, or was: what is finished of it."""
 PACKAGES = ("phasewise", "numpy", "scipy", "pandas", "pyarrow", "simpy", "pydantic", "matplotlib")
 
 
@@ -80,9 +84,8 @@ def read_run(folder: Path) -> Run:
     """Read a run directory back. ``ConfigError`` names what is missing or damaged."""
     import pandas as pd
 
-    check_run(folder)
     try:
-        summary = json.loads(folder.joinpath(MARK).read_text(encoding="utf-8"))
+        summary = read_summary(folder)
         there = [name for name in OPTIONAL_TABLES if folder.joinpath(f"{name}.parquet").is_file()]
         tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in (*TABLES, *there)}
     except (OSError, ValueError) as error:
@@ -91,9 +94,20 @@ def read_run(folder: Path) -> Run:
     return Run(name=summary.get("name") or folder.name, summary=summary, **tables)
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a run directory says of itself."""
+    check_run(folder)
+    summary = read_json(folder / MARK, "summary", mend="the run directory is damaged; run the scenario again")
+    if not isinstance(summary, dict):
+        raise ConfigError(f"{folder / MARK}: it must hold an object; run the scenario again")
+    return summary
+
+
 def check_run(folder: Path) -> None:
-    if not folder.joinpath(MARK).is_file():
-        raise ConfigError(f"{folder}: not a run directory (it has no {MARK}); make one with 'phasewise run --out'")
+    if not is_file(folder / MARK):
+        raise ConfigError(
+            f"{clip(str(folder))}: not a run directory (it has no {MARK}); make one with 'phasewise run --out'"
+        )
 
 
 def write_json(path: Path, value: object) -> None:
@@ -102,9 +116,15 @@ def write_json(path: Path, value: object) -> None:
 
 def check_writable(folder: Path) -> None:
     """Refuse, before any work is done, a target that is not ours to replace or that cannot be made."""
+    try:
+        folder.exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it cannot be a path"
+        raise ConfigError(f"--out {clip(str(folder))}: {reason}; name another folder") from None
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"--out {folder}: it is not a directory; name a new one")
-    if folder.is_dir() and any(folder.iterdir()) and not folder.joinpath(MARK).is_file():
+    ours = any(folder.joinpath(name).is_file() for name in (MARK, JOURNAL))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise ConfigError(f"--out {folder}: it is not empty and not a run directory; name a new one")
     parent = next(place for place in folder.absolute().parents if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -123,13 +143,78 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield new
         new.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.rename(folder)
     except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
         raise ConfigError(f"--out {folder}: {error.strerror or error}; name another folder") from None
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _take_place(new, folder)
+
+
+def _take_place(new: Path, folder: Path) -> None:
+    """What is finished is under one name or the other at every instant, and stays if the last step fails."""
+    try:
+        if not folder.exists():
+            new.rename(folder)
+            return
+        if not _exchange(new, folder):
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=new.parent))
+            folder.rename(aside)
+            try:
+                new.rename(folder)
+            except OSError:
+                aside.rename(folder)
+                raise
+            new = aside
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror or error}; the finished result is in {new}") from None
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, where the system can (Linux: renameat2)."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into ``folder`` when the block has succeeded; else nothing is there."""
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=".phasewise-", dir=folder))
+    except OSError as error:
+        raise ConfigError(f"{clip(str(folder))}: {error.strerror}; name another folder with --out") from None
+    try:
+        yield new
+        for path in sorted(new.iterdir()):
+            path.replace(folder / path.name)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written to: {error.strerror}; name another with --out") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # not empty: all went well
+                folder.rmdir()
+
+
+@contextmanager
+def into_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside ``folder`` whose files go there, each whole, if the block succeeds; others stay."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as name:
+            yield Path(name)
+            for file in sorted(Path(name).iterdir(), key=lambda file: file.name == MARK):
+                file.replace(folder / file.name)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror or error}; name another folder") from None
 
 
 def environment() -> dict[str, Any]:

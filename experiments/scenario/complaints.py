@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isfinite
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,6 +12,9 @@ from pydantic_core import ErrorDetails
 from sim.cluster import did_you_mean
 
 MENDS = {
+    "truth_value": "must be a number, not true or false",
+    "too_tiny": "must be > 0, and at least 1e-12",
+    "too_slow": "must be 0 (no connection) or at least 1e-06",
     "greater_than": "must be > {gt:g}",
     "greater_than_equal": "must be >= {ge:g}",
     "less_than_equal": "must be <= {le:g}",
@@ -49,6 +53,8 @@ def describe(fault: ErrorDetails) -> str:
     context: dict[str, Any] = dict(fault.get("ctx") or {})
     place = _place(fault["loc"])
     kind = fault["type"]
+    if isinstance(fault["input"], float) and not isfinite(fault["input"]):
+        kind = "finite_number"
     if kind == "unknown_key":
         dot = "." if place else ""
         if context["inside"]:

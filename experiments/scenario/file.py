@@ -1,6 +1,6 @@
 """The scenario file: what it may say, and how it is read and checked. ``resolve.py`` builds what it describes.
 
-What its ``workload`` may say is in ``workload.py``; ``docs/scenario.md`` lists every key.
+What its ``workload`` may say is in ``workload.py``; ``docs/reference/scenario.md`` lists every key.
 
 ``Scenario.load(path)`` for a file, ``Scenario.of(mapping)`` for a dict, ``Scenario(...)`` for Python objects. The
 first two raise ``ConfigError`` with one line that names file, field, value and mend.
@@ -19,12 +19,25 @@ from pydantic_core import PydanticCustomError
 
 from experiments.scenario.complaints import first_fault, nested_fault
 from experiments.scenario.overrides import apply
-from experiments.scenario.part import Count, NonNegative, Part, Positive, Share
+from experiments.scenario.part import (
+    Count,
+    Gbps,
+    NonNegative,
+    Part,
+    Positive,
+    PositiveSeconds,
+    Seconds,
+    Seed,
+    Share,
+    StepSeconds,
+)
 from experiments.scenario.workload import WorkloadSpec
 from sim.cluster import did_you_mean
+from sim.outside import is_file, read_yaml
 from sim.types import ConfigError
 from traces.cluster.events import NEEDS
 
+MOST_GPUS = 2**16
 Dtype = Literal["float32", "float16", "bfloat16", "float8", "int8"]
 
 
@@ -35,8 +48,8 @@ class NodeSpec(Part):
     """One row of equal machines."""
 
     gpu: str = Field(description="GPU type of the catalogue ('phasewise gpus')", examples=["A100-80G-SXM"])
-    count: Count = Field(description="GPUs per machine", examples=[8])
-    nodes: Count = Field(default=1, description="machines in this row", examples=[2])
+    count: Annotated[Count, Field(le=1024)] = Field(description="GPUs per machine", examples=[8])
+    nodes: Annotated[Count, Field(le=65536)] = Field(default=1, description="machines in this row", examples=[2])
     region: str = Field(
         default="default", description="machines of different regions talk over inter_region", examples=["east"]
     )
@@ -45,7 +58,7 @@ class NodeSpec(Part):
         description="with several machines a number is put behind it; null: n0, n1, ... by position",
         examples=["big"],
     )
-    nic_gbps: NonNegative | None = Field(
+    nic_gbps: Gbps | None = Field(
         default=None, description="network port of each machine, each way; null: links.inter_node", examples=[400]
     )
     usd_per_hour: NonNegative | None = Field(
@@ -61,7 +74,7 @@ class LinkSpec(Part):
     port's nominal rate, and rings of more than two PCIe cards differ sevenfold between machines.
     """
 
-    gbps: NonNegative = Field(description="bandwidth each way; 0: no connection", examples=[200])
+    gbps: Gbps = Field(description="bandwidth each way; 0: no connection", examples=[200])
     latency_us: NonNegative = Field(default=0.0, description="one-way latency", examples=[10])
 
 
@@ -109,6 +122,13 @@ class ClusterSpec(Part):
         default="on_demand", description="which price of the GPUs counts", examples=["spot"]
     )
 
+    @model_validator(mode="after")
+    def _can_be_simulated(self) -> ClusterSpec:
+        gpus = sum(row.count * row.nodes for row in self.nodes)
+        if gpus > MOST_GPUS:
+            raise ValueError(f"nodes: {gpus:,} GPUs in all; at most {MOST_GPUS:,} can be simulated")
+        return self
+
 
 # ---------------------------------------------------------------- system and the rest
 
@@ -117,9 +137,9 @@ class OverheadSpec(Part):
     """What a step takes beside what the latency model says: the processor's time, which adds to the kernels (but for
     ``async_scheduling``), and how much slower the kernels are here."""
 
-    step_s: NonNegative = Field(default=0.0, description="per step", examples=[0.002])
-    sequence_s: NonNegative = Field(default=0.0, description="per sequence in the step", examples=[0.00002])
-    slowdown: Positive = Field(
+    step_s: StepSeconds = Field(default=0.0, description="per step", examples=[0.002])
+    sequence_s: StepSeconds = Field(default=0.0, description="per sequence in the step", examples=[0.00002])
+    slowdown: Annotated[Positive, Field(ge=1e-3, le=1e6)] = Field(
         default=1.0, description="times as long as in the latency model that the kernels take here", examples=[1.1]
     )
 
@@ -195,15 +215,15 @@ class SloSpec(BoundsSpec):
 class EventSpec(Part):
     """Something that happens to the cluster."""
 
-    at_s: NonNegative = Field(description="when it happens", examples=[60])
+    at_s: Seconds = Field(description="when it happens", examples=[60])
     kind: Literal["gpu_lost", "node_lost", "spot_notice", "gpu_slow", "gpu_joined", "link_scaled"] = Field(
         description="what happens", examples=["spot_notice"]
     )
     target: str = Field(description="a GPU, a node, or the resource of a link", examples=["n0.g1"])
-    factor: NonNegative | None = Field(
+    factor: Annotated[NonNegative, Field(le=1e6)] | None = Field(
         default=None, description="gpu_slow: of step times; link_scaled: of bandwidth (0 cuts it)", examples=[1.5]
     )
-    deadline_s: NonNegative | None = Field(
+    deadline_s: Seconds | None = Field(
         default=None, description="spot_notice: how long after it the target is lost", examples=[30]
     )
 
@@ -276,8 +296,10 @@ class Scenario(Part):
         description="how policies guess output lengths; null: the system's own way, else mean",
         examples=["oracle"],
     )
-    until_s: Positive | None = Field(default=None, description="cut the run off at this simulated time", examples=[600])
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of everything that is drawn", examples=[1])
+    until_s: PositiveSeconds | None = Field(
+        default=None, description="cut the run off at this simulated time", examples=[600]
+    )
+    seed: Seed = Field(default=0, description="of everything that is drawn", examples=[1])
 
     @field_validator("latency", mode="before")
     @classmethod
@@ -353,6 +375,10 @@ class Scenario(Part):
             )
         return self._with(workload=self.workload.model_copy(update={"rate": rate_per_s}), seed=seed)
 
+    def seeded(self, seed: int) -> Scenario:
+        """The same experiment with another seed."""
+        return self._with(seed=seed)
+
     def to_yaml(self) -> str:
         """Everything spelt out, so that the run can be repeated from this text."""
         return yaml.safe_dump(
@@ -369,7 +395,7 @@ class Scenario(Part):
 
         def found(name: str) -> str:
             places = (folder / name, Path(name))
-            return next((str(place.resolve()) for place in places if place.is_file()), name)
+            return next((str(place.resolve()) for place in places if is_file(place)), name)
 
         latency = self.latency
         if isinstance(latency, str):
@@ -407,21 +433,3 @@ def _event(place: int, item: Any) -> EventSpec:
         return item if isinstance(item, EventSpec) else EventSpec.model_validate(item)
     except ValidationError as error:
         raise PydanticCustomError("nested", "{text}", {"text": f"[{place}]{nested_fault(error)}"}) from None
-
-
-def read_yaml(path: Path, what: str) -> Any:
-    """The data of a file of ours; ``ConfigError`` names it if it cannot be read."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a {what} file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file; a {what} is YAML in UTF-8") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise ConfigError(
-            f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or 'check the text'}"
-        ) from None

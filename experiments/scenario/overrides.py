@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
-
+from sim.outside import parse_yaml
 from sim.types import ConfigError
 
 
@@ -19,10 +18,7 @@ def apply(data: Any, override: str) -> None:
     parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
     if not equals or not parts:
         raise ConfigError(f"--set {override}: it must read key=value, such as workload.rate=5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value {text!r} is not valid YAML; quote it") from None
+    value = parse_yaml(text, f"--set {override}", "value; quote it")
     for part in parts[:-1]:
         data = _child(data, part, override)
     if isinstance(data, list):

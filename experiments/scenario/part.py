@@ -5,13 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+TINY = 1e-12
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Python takes true for 1; who writes true means something else."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("truth_value", "{value}", {"value": value})
+    return value
+
+
+def _not_tiny(value: float) -> float:
+    """A subnormal number passes for positive, and what is divided by it is infinite."""
+    if value < TINY:
+        raise PydanticCustomError("too_tiny", "{value}", {"value": value})
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+Whole = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=-(10**9), le=10**9)]
+Seed = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1, le=10**9)]
+"""Of tokens, requests, blocks: what fits into memory, and into the columns of a result."""
+Positive = Annotated[Number, Field(gt=0, le=1e12, allow_inf_nan=False), AfterValidator(_not_tiny)]
+NonNegative = Annotated[Number, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Share = Annotated[Number, Field(gt=0, le=1, allow_inf_nan=False)]
+Seconds = Annotated[Number, Field(ge=0, le=1e9, allow_inf_nan=False)]
+"""Up to 30 years: more is a date, or another unit."""
+PositiveSeconds = Annotated[Number, Field(gt=0, le=1e9, allow_inf_nan=False), AfterValidator(_not_tiny)]
+StepSeconds = Annotated[Number, Field(ge=0, le=3600, allow_inf_nan=False)]
+"""Of one step of a serving engine."""
+
+
+def _a_real_link(gbps: float) -> float:
+    if 0 < gbps < 1e-6:
+        raise PydanticCustomError("too_slow", "{value}", {"value": gbps})
+    return gbps
+
+
+Gbps = Annotated[Number, Field(ge=0, le=1e6, allow_inf_nan=False), AfterValidator(_a_real_link)]
+"""0: no connection; else from a kilobit to a petabit per second."""
 
 
 class Part(BaseModel):

@@ -13,9 +13,9 @@ import yaml
 from pydantic import Field, ValidationError
 
 from experiments.scenario.complaints import first_fault
-from experiments.scenario.file import read_yaml
 from experiments.scenario.part import Part, Share
 from sim.engine.setup import check_plan
+from sim.outside import read_yaml
 from sim.policy import Problem
 from sim.types import ConfigError, Plan, Replica, Role, Stage
 

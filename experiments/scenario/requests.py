@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.scenario.workload import GenerateSpec, LengthsSpec, StreamSpec, WorkloadSpec
+from sim.outside import is_file
 from sim.policy import Source
 from sim.types import ConfigError, Request
 from traces import (
@@ -65,6 +66,11 @@ class RequestStream:
         """Requests without input or output tokens that the traces' readers left out."""
         return sum(reader.skipped for reader in self._readers.values())
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was decided about the traces' files, what of them is not used, and what looks wrong."""
+        return tuple(f"{reader.path.name}: {remark}" for reader in self._readers.values() for remark in reader.remarks)
+
     def source(self) -> Source:
         """What feeds the simulator: an open loop, or one in which requests wait for answers."""
         spec, seed = self.workload, self._seed(THINK_STREAM)
@@ -72,6 +78,13 @@ class RequestStream:
             return ClosedLoop(self, users=loop.clients, think_s=loop.think_s, think_cv=loop.think_cv, seed=seed)
         if (talk := spec.sessions) is not None:
             return Sessions(self, **talk.model_dump(), seed=seed)
+        for name, reader in self._readers.items():
+            if reader.delayed:
+                place = f"workload.mix.{name}.trace" if name else "workload.trace"
+                raise ConfigError(
+                    f"{place}: turns of {reader.path.name} wait for the turn before them (delay, think_s); "
+                    "set workload.sessions, as in {inputs: new}, or {inputs: whole} if lengths count the whole prompt"
+                )
         return TraceSource(self)
 
     def __iter__(self) -> Iterator[Request]:
@@ -148,7 +161,7 @@ def open_trace(stream: StreamSpec, place: str = "workload") -> TraceReader:
     """The stream's trace file, its format known; ``place`` is its key in the scenario, for errors."""
     name = stream.trace or SAMPLE
     path = sample_path() if name == SAMPLE else Path(name)
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"{place}.trace: {name!r} is not a file, here or beside the scenario; check the path")
     return read(path, stream.format, sort=stream.sort, **stream.format_options)
 

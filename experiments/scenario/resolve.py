@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from sim.cost import Fitted, Overhead, Profile, Roofline, StepCost
 from sim.engine import simulate
 from sim.metrics import summarise
 from sim.model import model
+from sim.outside import is_file
 from sim.policy import Predictor, Problem, System, Workload
 from sim.predictors import ConstantLength, TrueLength
 from sim.record import Result
@@ -92,6 +92,7 @@ class Setup:
                 "max_model_len": longest,
             },
             "skipped": self.requests.skipped,
+            "remarks": list(self.requests.remarks),
             "rate_per_s": self._rate_per_s(result),
         }
         return {
@@ -302,7 +303,7 @@ def _profile(place: str, name: str) -> Profile:
     shipped = shipped_profiles()
     if name in shipped:
         return read_profile(shipped[name])
-    if Path(name).is_file():
+    if is_file(name):
         return read_profile(name)
     raise ConfigError(f"{place}: the profile {did_you_mean(name, ['roofline', *shipped])}; or give the path of a file")
 

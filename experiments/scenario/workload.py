@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from experiments.scenario.part import Count, NonNegative, Part, Positive
+from experiments.scenario.part import Count, NonNegative, Part, Positive, PositiveSeconds, Seconds, Whole
 
 PACE = ("arrivals", "arrival_options", "cv")
 """Keys that say how arrivals are drawn."""
@@ -43,7 +43,9 @@ class LengthsSpec(Part):
 class GenerateSpec(Part):
     """Requests out of distributions; ``workload.rate`` and ``arrivals`` say when they come."""
 
-    requests: Count = Field(description="how many; with turns: how many conversations", examples=[1000])
+    requests: Annotated[Count, Field(le=10**8)] = Field(
+        description="how many; with turns: how many conversations", examples=[1000]
+    )
     input: LengthsSpec = Field(
         description="prompt; with turns: new text of a turn", examples=[{"mean": 1155, "median": 1020}]
     )
@@ -74,14 +76,15 @@ class StreamSpec(Part):
     )
     format_options: dict[str, Any] = Field(
         default={},
-        description="block_tokens, time_unit: of the formats that have them",
+        description="of the formats that have them: block_tokens, time_unit, columns, characters_per_token, "
+        "tokenizer, turns",
         examples=[{"block_tokens": 16, "time_unit": "s"}],
     )
     sort: bool = Field(default=False, description="order the trace by arrival (holds it in memory)", examples=[True])
-    start_s: NonNegative = Field(
+    start_s: Seconds = Field(
         default=0.0, description="leave out what arrives before; it becomes second 0", examples=[600]
     )
-    end_s: Positive | None = Field(
+    end_s: PositiveSeconds | None = Field(
         default=None, description="leave out what arrives from then on, by the trace's own clock", examples=[1200]
     )
     limit: Count | None = Field(default=None, description="the first N requests", examples=[2000])
@@ -99,7 +102,7 @@ class StreamSpec(Part):
     cv: Positive | None = Field(
         default=None, description="coefficient of variation of gamma arrivals (1: Poisson)", examples=[2.5]
     )
-    priority: int | None = Field(
+    priority: Whole | None = Field(
         default=None,
         description="lower is served first, by systems that look at it; null: the trace's own, else 0",
         examples=[-1],
@@ -150,7 +153,7 @@ class ClassSpec(StreamSpec):
 class ThinkSpec(Part):
     """How long a user thinks before the next request: gamma-distributed."""
 
-    think_s: NonNegative = Field(default=0.0, description="mean time to think", examples=[20])
+    think_s: Seconds = Field(default=0.0, description="mean time to think", examples=[20])
     think_cv: NonNegative = Field(
         default=1.0, description="coefficient of variation (1: exponential, 0: always think_s)", examples=[0.5]
     )

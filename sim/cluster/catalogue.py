@@ -11,6 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from sim.outside import clip
 from sim.types import ConfigError
 
 NEXT_DTYPE = {"float32": None, "float16": None, "bfloat16": "float16", "int8": "float16", "float8": "bfloat16"}
@@ -25,7 +26,9 @@ def did_you_mean(value: object, known: Collection[str]) -> str:
     near = [name for name in names if text and name.startswith(text)]
     near = near or difflib.get_close_matches(text, names, n=1, cutoff=0.4)
     mend = " or ".join(repr(names[name]) for name in near)
-    return f"{value!r} is unknown; " + (f"did you mean {mend}?" if near else f"known: {', '.join(sorted(known))}")
+    return f"{clip(repr(value), 80)} is unknown; " + (
+        f"did you mean {mend}?" if near else f"known: {', '.join(sorted(known))}"
+    )
 
 
 def number(place: str, value: object, *, above_zero: bool = False) -> float:

@@ -5,12 +5,12 @@ To add an architecture whose layers are all alike, add a row to ``FAMILIES``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sim.outside import read_json
 from sim.types import ConfigError
 
 
@@ -128,12 +128,7 @@ def read_config(config: str | Path | Mapping[str, Any], name: str | None, dtype:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a config.json") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON ({error}); give a Hugging Face config.json") from error
+    config = read_json(path, "config.json", mend="give a Hugging Face config.json")
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: must hold one JSON object; give a Hugging Face config.json")
     return config

@@ -12,6 +12,7 @@ from typing import Any
 
 from sim.cluster import did_you_mean
 from sim.model.config import read_config
+from sim.outside import exists
 from sim.types import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
@@ -300,6 +301,6 @@ def model(name_or_path: str, dtype: str | None = None) -> ModelSpec:
     config = _catalogue().get(str(name_or_path).lower())
     if config is not None:
         return ModelSpec.from_config(config, name=str(name_or_path).lower(), dtype=dtype)
-    if Path(name_or_path).exists() or str(name_or_path).endswith(".json"):
+    if exists(name_or_path) or str(name_or_path).endswith(".json"):
         return ModelSpec.from_config(name_or_path, dtype=dtype)
     raise ConfigError(f"model: {did_you_mean(name_or_path, _catalogue())}; or give the path of a config.json")

@@ -199,8 +199,10 @@ def test_an_unknown_profile_is_named(name: str, message: str) -> None:
 
 
 def test_the_page_is_current() -> None:
-    file = Path(__file__).parents[2] / "docs" / "profiles.md"
-    assert file.read_text(encoding="utf-8") == page(), "write it anew: phasewise profiles --markdown > docs/profiles.md"
+    file = Path(__file__).parents[2] / "docs" / "reference" / "profiles.md"
+    assert file.read_text(encoding="utf-8") == page(), (
+        "write it anew: phasewise profiles --markdown > docs/reference/profiles.md"
+    )
 
 
 def test_every_gpu_type_is_on_the_page_once() -> None:

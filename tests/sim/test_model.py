@@ -349,7 +349,7 @@ def test_what_cannot_be_read_is_refused(changes: dict[str, Any], message: str) -
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.json: cannot be read \(No such file"):
+    with pytest.raises(ConfigError, match=r"none\.json: cannot be read: No such file"):
         model(str(tmp_path / "none.json"))
     for text, message in (("{", "is not JSON"), ("[]", "must hold one JSON object")):
         (tmp_path / "config.json").write_text(text)

@@ -57,14 +57,17 @@ def test_no_events_are_events_too(tmp_path):
             "- {at_s: 1, kind: gpu_losst, target: n0}",
             "FILE: event 1: field kind is 'gpu_losst'; did you mean 'gpu_lost'?",
         ),
-        ("- {at_s: -1, kind: gpu_lost, target: n0}", "FILE: event 1: field at_s is -1.0; expected a number >= 0"),
+        (
+            "- {at_s: -1, kind: gpu_lost, target: n0}",
+            "FILE: event 1: field at_s is -1.0; expected a number >= 0, at most 1e+09",
+        ),
         ("- {at_s: 1, kind: spot_notice, target: n0}", "FILE: event 1: spot_notice needs field deadline_s"),
         ("- {at_s: 1, kind: gpu_lost, target: n0, factor: 2}", "FILE: event 1: gpu_lost has no field factor"),
         (
             "- {at_s: 1, kind: gpu_slow, target: n0, factor: 0}",
             "FILE: event 1: field factor is 0; expected a number > 0",
         ),
-        ("- [", "FILE: not YAML:"),
+        ("- [", "FILE:1: not valid YAML"),
     ],
 )
 def test_malformed_yaml_says_where_and_why(tmp_path, text, message):

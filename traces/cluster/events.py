@@ -15,9 +15,10 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from sim.types import ClusterEvent, ConfigError
+from sim.outside import read_yaml
+from sim.types import LAST_S, ClusterEvent, ConfigError
 from traces.arrivals import positive
-from traces.table import Column, clip, csv_rows, label, nearest, optional, reading, seconds
+from traces.table import Column, clip, csv_rows, label, nearest, optional, seconds
 from traces.write import replacing
 
 KINDS: tuple[str, ...] = get_args(get_type_hints(ClusterEvent)["kind"])
@@ -64,13 +65,7 @@ def write_events(path: str | Path, events: Iterable[ClusterEvent]) -> None:
 
 
 def _yaml_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import yaml
-
-    with reading(path), path.open(encoding="utf-8") as file:
-        try:
-            found = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    found = read_yaml(path, "events")
     if not isinstance(found, list):
         raise ConfigError(f"{path}: holds {clip(found)}; expected a list of events")
     for number, item in enumerate(found, start=1):
@@ -101,8 +96,9 @@ def _event(place: str, record: dict[str, Any]) -> ClusterEvent:
         if (record.get(field) is not None) != (NEEDS.get(kind) == field):
             raise ConfigError(f"{place}: {kind} {'needs' if NEEDS.get(kind) == field else 'has no'} field {field}")
     for field in ("at_s", "factor", "deadline_s"):
-        if (record.get(field) or 0) < 0:
-            raise ConfigError(f"{place}: field {field} is {record[field]}; expected a number >= 0")
+        most = 1e6 if field == "factor" else LAST_S
+        if not 0 <= (record.get(field) or 0) <= most:
+            raise ConfigError(f"{place}: field {field} is {record[field]}; expected a number >= 0, at most {most:g}")
     if kind == "gpu_slow" and record["factor"] == 0:
         raise ConfigError(f"{place}: field factor is 0; expected a number > 0 (step times are multiplied by it)")
     return ClusterEvent(**record)

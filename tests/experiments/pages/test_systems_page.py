@@ -24,9 +24,9 @@ def test_figures_are_the_studys_own(tmp_path: Path) -> None:
     table.parent.mkdir(parents=True)
     table.write_text("kind,ratio\nexact,1.001\nexact,0.9\nratio,1.1\nratio,2.0\nratio,0.95\nratio,\ndirection,\n")
     row = next(line for line in page(tmp_path).splitlines() if line.startswith("| `vllm`"))
-    assert row.endswith("| [vllm](studies/vllm/study_vllm.md) | 1 of 2 | 2 of 3 | 1.10 | 1 |")
+    assert row.endswith("| [vllm](../studies/vllm/study_vllm.md) | 1 of 2 | 2 of 3 | 1.10 | 1 |")
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="the docs are not installed")
 def test_the_page_is_current() -> None:
-    assert (DOCS / "systems.md").read_text(encoding="utf-8") == page(DOCS)
+    assert (DOCS / "reference" / "systems.md").read_text(encoding="utf-8") == page(DOCS)

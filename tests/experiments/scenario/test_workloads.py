@@ -322,8 +322,10 @@ def test_a_workload_becomes_a_trace(tmp_path: Path) -> None:
 
 
 def test_the_page_of_keys_is_current(capsys: pytest.CaptureFixture[str]) -> None:
-    file = Path(__file__).parents[3] / "docs" / "scenario.md"
-    assert file.read_text(encoding="utf-8") == page(), "write it anew: phasewise schema --markdown > docs/scenario.md"
+    file = Path(__file__).parents[3] / "docs" / "reference" / "scenario.md"
+    assert file.read_text(encoding="utf-8") == page(), (
+        "write it anew: phasewise schema --markdown > docs/reference/scenario.md"
+    )
     assert call("schema", "--markdown") == 0
     assert capsys.readouterr().out == page()
 
