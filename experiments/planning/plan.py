@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from experiments.jobs.workers import Here
 from experiments.planning import goodput
 from experiments.planning.climb import climb
 from experiments.planning.race import Contender
@@ -24,7 +25,6 @@ from experiments.scenario.file import Scenario, load
 from experiments.scenario.planfile import plan_yaml, read_plan
 from experiments.scenario.requests import RequestStream
 from experiments.scenario.resolve import Setup, resolve
-from experiments.sweeps.sweep import Here
 from sim.cluster import did_you_mean
 from sim.engine import simulate
 from sim.metrics import attainment, cost

@@ -14,6 +14,7 @@ from experiments.reports.folder import Folder, Kind
 from experiments.reports.tables import facts, table
 from experiments.runs.rundir import Run
 from experiments.runs.tables import METRICS, notes, winners
+from experiments.sweeps.sweep import labelled
 from sim.metrics import LATENCIES
 
 SLOWEST = 20
@@ -181,7 +182,8 @@ def _spoken(latency: str) -> str:
 
 
 def _sweep(folder: Folder) -> Report:
-    means, best = folder.tables["means"], folder.summary["best_rates"]
+    fields = folder.summary.get("fields", [])
+    means, best = labelled(folder.tables["means"], fields), folder.summary["best_rates"]
     wide = means.pivot_table(index=["system", "rate_per_s"], columns="metric", values="mean", sort=False).reset_index()
     target = best[0]["target"]
     return Report(

@@ -92,6 +92,7 @@ class Setup:
                 "max_model_len": longest,
             },
             "skipped": self.requests.skipped,
+            "remarks": list(self.requests.remarks),
             "rate_per_s": self._rate_per_s(result),
         }
         return {

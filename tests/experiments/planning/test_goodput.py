@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.jobs.workers import Here
 from experiments.planning.goodput import Replay
 from experiments.scenario.file import Scenario
-from experiments.sweeps.sweep import Here
 from sim import ConfigError, Slo
 from sim.goodput import Goodput, attained, bisected_rate, bracketing, goodput, halving
 from tests.command import call
