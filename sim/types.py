@@ -75,6 +75,8 @@ class Request:
     """Outputs sampled in parallel from one prompt, each of ``output_tokens``; they share the prompt's KV."""
     beam_search: bool = False
     """The samples are the beams of one search: they share all but their last blocks (``memory.beam_tail_blocks``)."""
+    think_s: float | None = None
+    """How long after the end of its session's turn before it is sent, where that was recorded."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.arrival_s <= LAST_S:
@@ -89,6 +91,8 @@ class Request:
         if not 1 <= self.samples <= MOST_SAMPLES:
             mend = ">= 1" if self.samples < 1 else f"at most {MOST_SAMPLES:,}"
             raise ConfigError(f"request {self.id}: samples is {self.samples}; it must be {mend}")
+        if self.think_s is not None and not 0 <= self.think_s <= LAST_S:
+            raise ConfigError(f"request {self.id}: think_s is {self.think_s}; it must be a number >= 0")
         if self.prefix and not self.prefix_block_tokens:
             raise ConfigError(f"request {self.id}: prefix hashes need prefix_block_tokens")
 

@@ -211,6 +211,7 @@ SETTINGS: dict[str, Callable[[], System]] = {
     ),
     "tetriinfer flipping": lambda: eager_flipping(SYSTEMS["tetriinfer"](chunk_tokens=64, **SPLIT)),
     "thunderserve": lambda: SYSTEMS["thunderserve"](**SPLIT),
+    "thunderserve by shares": lambda: SYSTEMS["thunderserve"](routing="round-robin", **SPLIT),
     "thunderserve drawn": lambda: SYSTEMS["thunderserve"](routing="random", bits=16, **SPLIT),
     "thunderserve lightweight": lambda: rescheduling(SYSTEMS["thunderserve"](**SPLIT), lightweight=True),
     "thunderserve full": lambda: rescheduling(SYSTEMS["thunderserve"](**SPLIT), lightweight=False),

@@ -2,8 +2,8 @@
 
 Everything is a stream of ``sim.types.Request`` in order of arrival, with ids 0, 1, 2, ... Read in this order:
 
-- ``formats``: the table of trace formats; ``reader``: a file as a stream (``table`` has the rows and errors,
-  ``sharegpt`` the conversations whose tokens must be counted); ``fetch``: public traces
+- ``formats``: the table of trace formats; ``guess``: which one a file is in, by its content; ``reader``: a file as a
+  stream (``wrapping`` has compression and containers, ``table`` the rows and errors); ``fetch``: public traces
 - ``arrivals`` and ``synthesis``: streams out of distributions; ``sample``: the trace that is shipped
 - ``transform``: cut, stretch, mix, new arrival rate, context limit
 - ``statistics``, ``write``: describe a stream, store it
@@ -14,7 +14,8 @@ Everything is a stream of ``sim.types.Request`` in order of arrival, with ids 0,
 from traces.arrivals import ARRIVALS, arrival_times, settings_of
 from traces.cluster.events import gpu_failures, read_events, spot_notices, write_events
 from traces.fetch import fetch
-from traces.formats import FORMATS, guess_format
+from traces.formats import FORMATS
+from traces.guess import guess_format
 from traces.public import PUBLIC_TRACES, PublicTrace
 from traces.reader import TraceReader, read
 from traces.sample import make_sample, sample_path

@@ -11,7 +11,7 @@ from typing import Any
 
 from sim.types import ConfigError
 from traces.public import PublicTrace
-from traces.table import Progress
+from traces.wrapping import Progress
 
 ATTEMPTS = 5  # requests to the server in one call, of which each must bring bytes
 CHUNK_BYTES = 2**16

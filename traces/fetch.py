@@ -12,7 +12,8 @@ from pathlib import Path
 
 from sim.types import ConfigError
 from traces.public import PUBLIC_TRACES, PublicTrace
-from traces.table import Progress, nearest
+from traces.table import nearest
+from traces.wrapping import Progress
 
 TIMEOUT_S = 30.0
 

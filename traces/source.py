@@ -103,10 +103,10 @@ class Sessions(Chains):
     """Conversations: the next turn follows the end of the last one after a time to think; its prompt repeats it.
 
     Requests with the same ``session`` are the turns of one conversation, in order. The first arrives as the stream
-    says, later ones ``think_s`` (mean; see ``ClosedLoop``) after the turn before has ended. ``inputs``:
-    ``new`` if a turn's input tokens are its new text, to which the earlier prompts and answers are added; ``whole``
-    if they are the whole prompt. Prompts get the hashes of their full blocks of ``block_tokens``, equal within a
-    conversation as far as the prompt repeats, so that a prefix cache hits; recorded hashes (of whole
+    says, later ones ``think_s`` (mean; see ``ClosedLoop``) after the turn before has ended, or as long as they say
+    themselves. ``inputs``: ``new`` if a turn's input tokens are its new text, to which the earlier prompts and answers
+    are added; ``whole`` if they are the whole prompt. Prompts get the hashes of their full blocks of ``block_tokens``,
+    equal within a conversation as far as the prompt repeats, so that a prefix cache hits; recorded hashes (of whole
     prompts) are kept. A whole prompt too short for the turn before it shares nothing with it.
     Requests without session come as they are. Holds the stream in memory.
     """
@@ -134,6 +134,7 @@ class Sessions(Chains):
         last: dict[str, Turn] = {}
         for request, think in zip(turns, thinks, strict=True):
             before = last.get(request.session) if request.session is not None else None
+            think = think if request.think_s is None else request.think_s
             turn = _after(before, request, think, inputs)
             if before is None:
                 first.append(turn)

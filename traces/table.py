@@ -9,24 +9,30 @@ files share it.
 from __future__ import annotations
 
 import csv
-import io
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from math import isfinite
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol
 
 from sim.types import ConfigError
+from traces.wrapping import (
+    COMMENT,
+    LONGEST_CELL,
+    Progress,
+    json_items,
+    open_text,
+    separator_of,
+    skip_comments,
+    wrapping_of,
+)
 
 Record = dict[str, Any]
-Progress = Callable[[int, int], object]
-"""Called with the bytes done so far, and the bytes there are."""
-
-TELL_BYTES = 2**18  # between two calls of a Progress
-LONGEST_CELL = 2**26  # Python's csv module stops at 131,072 characters: too few for a long prompt's hashes
 
 
 class Column(NamedTuple):
@@ -50,20 +56,35 @@ class Rows(Protocol):
     ) -> Iterator[tuple[int, Record]]: ...
 
 
+def rows(path: Path, columns: Sequence[Column], progress: Progress | None = None) -> Iterator[tuple[int, Record]]:
+    """Records of a file however its text is wrapped."""
+    with reading(path):
+        kind = wrapping_of(path)
+    return {"table": csv_rows, "lines": jsonl_rows, "array": array_rows, "parquet": parquet_rows}[kind](
+        path, columns, progress
+    )
+
+
 def csv_rows(path: Path, columns: Sequence[Column], progress: Progress | None = None) -> Iterator[tuple[int, Record]]:
-    """Records of a comma-separated file with a header line; blank lines are passed over."""
+    """Records of a table with a header line, separated by commas, semicolons, tabs or bars; blank lines, and comments
+    (``#``), are passed over."""
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
     with reading(path), open_text(path, progress, newline="") as file:
-        reader = csv.reader(file)
-        header = [name.strip() for name in next(reader, [])]
+        first, above = skip_comments(file)
+        separator = separator_of(first)
+        header = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
         present = present_columns(path, columns, header)
         pick = itemgetter(*(header.index(column.name) for column in present))
+        single = len(present) == 1
+        reader = csv.reader(file, delimiter=separator)
         for cells in reader:
-            if len(cells) == len(header):
-                yield reader.line_num, _record(path, reader.line_num, present, pick(cells))
-            elif cells:
+            if len(cells) == len(header) and cells[0][:1] != COMMENT:
+                picked = pick(cells)
+                line = reader.line_num + above + 1
+                yield line, _record(path, line, present, (picked,) if single else picked)
+            elif cells and cells[0].lstrip()[:1] != COMMENT and any(map(str.strip, cells)):
                 raise ConfigError(
-                    f"{path}:{reader.line_num}: the line has {len(cells)} cells; "
+                    f"{path}:{reader.line_num + above + 1}: the line has {len(cells)} cells; "
                     f"expected {len(header)}, as in the header"
                 )
 
@@ -72,10 +93,20 @@ def jsonl_rows(path: Path, columns: Sequence[Column], progress: Progress | None 
     """Records of a file with one JSON object a line; blank lines are passed over."""
     names = [column.name for column in columns]
     with reading(path), open_text(path, progress) as file:
-        for line, text in enumerate(file, start=1):
+        for line, text in enumerate(iter(lambda: file.readline(LONGEST_CELL), ""), start=1):
             if text.strip():
                 found = json_object(path, line, text)
                 yield line, _record(path, line, columns, [found.get(name) for name in names])
+
+
+def array_rows(path: Path, columns: Sequence[Column], progress: Progress | None = None) -> Iterator[tuple[int, Record]]:
+    """Records of one JSON array of objects; the line is the number of the item."""
+    names = [column.name for column in columns]
+    with reading(path), open_text(path, progress) as file:
+        for number, item in enumerate(json_items(path, file), start=1):
+            if not isinstance(item, dict):
+                raise ConfigError(f"{path}: item {number} is {clip(item)}; expected an object")
+            yield number, _record(path, number, columns, [item.get(name) for name in names])
 
 
 def parquet_rows(
@@ -97,30 +128,6 @@ def parquet_rows(
                 yield line, _record(path, line, present, cells)
             if progress is not None:
                 progress(size * line // rows, size)
-
-
-def open_text(path: Path, progress: Progress | None, newline: str | None = None) -> TextIO:
-    """A text file, a byte-order mark ignored; ``progress`` is told of every ``TELL_BYTES``, and of the end."""
-    if progress is None:
-        return path.open(newline=newline, encoding="utf-8-sig")
-    return io.TextIOWrapper(io.BufferedReader(_Watched(path, progress)), newline=newline, encoding="utf-8-sig")
-
-
-class _Watched(io.FileIO):
-    """A file that tells how much of it has been read."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        super().__init__(path)
-        self.progress, self.size = progress, path.stat().st_size
-        self.done = self.told = 0
-
-    def readinto(self, buffer: Any) -> int | None:
-        read = super().readinto(buffer)
-        self.done += read or 0
-        if not read or self.done >= self.told + TELL_BYTES:
-            self.told = self.done
-            self.progress(self.done, self.size)
-        return read
 
 
 def json_object(path: Path, line: int, text: str) -> Record:
@@ -189,7 +196,14 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, csv.Error) as error:  # not UTF-8, not CSV, or pyarrow's "not Parquet"
+    except EOFError:
+        raise ConfigError(f"{path}: cannot be read: the compressed file is cut short; copy it anew") from None
+    except (
+        ValueError,
+        csv.Error,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:  # not UTF-8, not CSV, or pyarrow's "not Parquet"
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -240,7 +254,7 @@ def label(cell: Any) -> str:
 
 def hashes(cell: Any) -> tuple[int, ...]:
     """Whole numbers separated by spaces, or a list of them."""
-    cells: list[Any] = cell.split() if isinstance(cell, str) else cell
+    cells: list[Any] = cell.strip("[] ").replace(",", " ").split() if isinstance(cell, str) else cell
     return tuple(cells) if set(map(type, cells)) == {int} else tuple(map(whole, cells))
 
 

@@ -23,6 +23,7 @@ COLUMNS = (
     "prefix_block_tokens",
     "samples",
     "beam_search",
+    "think_s",
 )
 ROWS_PER_GROUP = 65536
 
@@ -68,6 +69,7 @@ def _rows(path: Path, requests: Iterable[Request]) -> Iterator[tuple[Any, ...]]:
             request.prefix_block_tokens,
             None if request.samples == 1 else request.samples,
             "true" if request.beam_search else None,
+            request.think_s,
         )
 
 
@@ -87,7 +89,7 @@ def _write_parquet(path: Path, rows: Iterator[tuple[Any, ...]]) -> int:
     import pyarrow.parquet as pq
 
     whole, text = pa.int64(), pa.string()
-    types = (pa.float64(), whole, whole, text, text, whole, text, whole, whole, text)
+    types = (pa.float64(), whole, whole, text, text, whole, text, whole, whole, text, pa.float64())
     schema = pa.schema(list(zip(COLUMNS, types, strict=True)))
     number = 0
     with pq.ParquetWriter(path, schema) as writer:

@@ -17,32 +17,10 @@ import torch
 from torch import Tensor
 
 from calibrate import kernels
-from sim.cluster import did_you_mean
+from sim.cluster import did_you_mean, gpu_called
 from sim.cost import Device
 from sim.types import ConfigError
 
-CATALOGUE = {
-    "B200": "B200",
-    "H200": "H200-SXM",
-    "H100 PCIe": "H100-PCIe",
-    "H100": "H100-SXM",
-    "A100-SXM4-80GB": "A100-80G-SXM",
-    "A100-SXM4-40GB": "A100-40G-SXM",
-    "A100 80GB PCIe": "A100-80G-PCIe",
-    "L40S": "L40S",
-    "L4": "L4",
-    "A40": "A40",
-    "A10G": "A10G",
-    "RTX A5000": "A5000",
-    "RTX A6000": "A6000",
-    "Tesla T4": "T4",
-    "V100-SXM2-16GB": "V100-16G",
-    "V100-SXM2-32GB": "V100-32G",
-    "RTX 3090 Ti": "RTX-3090-Ti",
-    "RTX 3090": "RTX-3090",
-    "RTX 4090": "RTX-4090",
-    "RTX PRO 6000": "RTX-PRO-6000",
-}
 """What the driver's name of a GPU ends in or contains, and its name in our catalogue; the first that fits."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CPU_CACHE_BYTES = 32 * 2**20
@@ -184,10 +162,10 @@ def gpu_name(device: str) -> str:
 
 def catalogue_name(name: str) -> str:
     """Our catalogue's name of a GPU that the driver calls ``name``."""
-    for part, ours in CATALOGUE.items():
-        if part in name.split() or ((" " in part or "-" in part) and part in name):
-            return ours
-    raise ConfigError(f"--gpu: the device is called {name!r}, which the catalogue does not know; give --gpu NAME")
+    try:
+        return gpu_called(name)
+    except ConfigError as error:
+        raise ConfigError(f"--gpu: {str(error).removeprefix('gpu: ')}; give --gpu NAME") from None
 
 
 def _clocks(target: Target) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from experiments.cli import plan as commands_plan
 from experiments.cli import replay as commands_replay
 from experiments.cli import report as commands_report
 from experiments.cli import results as commands_results
+from experiments.cli import sweep as commands_sweep
 from experiments.cli import trace as commands_trace
 from experiments.cli import validate as commands_validate
 from experiments.cli.guard import guarded
@@ -41,6 +42,7 @@ app.add_typer(calibrate_cli.app, name="calibrate")
 commands_calibrate.register(calibrate_cli.app)
 commands_lists.register(app)
 commands_results.register(app)
+commands_sweep.register(app)
 commands_report.register(app)
 commands_goodput.register(app)
 commands_plan.register(app)
@@ -86,6 +88,8 @@ def run(
     if out is not None:
         check_writable(out)
     setup = resolve(experiment)
+    for remark in setup.requests.remarks:
+        log.say(remark)
     with log.counting(experiment.system.name) as progress:
         result = setup.run(step_by_step=step_by_step, progress=progress)
     summary = {"name": scenario.stem, **setup.summary(result)}

@@ -33,7 +33,14 @@ def goodput(
     max_rate: Annotated[
         float | None, typer.Option(help="highest rate tried (requests/s); default: what the trace is long enough for")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="processes; default: one per processor")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "--jobs", min=1, help="processes; default: one per processor")
+    ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="run on a Dask cluster: its scheduler's address, or 'local'"),
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run replays again that failed")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="directory for tables, curve and scenario")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a field")] = None,
     seed: Annotated[int | None, typer.Option(help="first seed, in place of the scenario's")] = None,
@@ -47,12 +54,14 @@ def goodput(
     """
     import pandas as pd
 
+    from experiments.jobs.content import digest, plain
+    from experiments.jobs.run import Where, jobs
     from experiments.planning import goodput as found_by
     from experiments.runs.comparison import variants
     from experiments.runs.progress import Log
     from experiments.runs.rundir import check_writable
     from experiments.scenario.file import Scenario
-    from experiments.sweeps.sweep import Here, bar, process_pool
+    from experiments.sweeps.sweep import bar
 
     settings = found_by.Settings(
         target=target,
@@ -68,7 +77,9 @@ def goodput(
         check_writable(out)
     rows, found, around = [], {}, []
     trials = len(chosen) * (found_by.most_trials(settings) + seeds * len(found_by.AROUND))
-    with Here() if jobs == 1 else process_pool(jobs) as executor, bar(trials, "replays", quiet=quiet) as done:
+    study = {"name": scenario.stem, "hash": digest(["goodput", plain(chosen), plain(settings)])}
+    where = Where(workers=workers, dask=dask, retry_failed=retry_failed)
+    with bar(trials, "replays", quiet=quiet) as done, jobs(out, study, where) as executor:
         for label, variant in chosen.items():
             row, found[label] = found_by.search(variant, settings, executor, done)
             rows.append({"system": label, **row})

@@ -26,6 +26,8 @@ def guarded(command: Callable[[list[str]], object], arguments: Sequence[str]) ->
             command(given)
         finally:
             _flushed()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
         _leave(error, arguments, shown=len(given) < len(arguments))
 

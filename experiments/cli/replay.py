@@ -87,15 +87,21 @@ def replay(
 def compare_run(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO", help="what is predicted: a file, or a run directory")],
     result: Annotated[
-        Path, typer.Argument(metavar="RESULT", help="JSON of 'replay', of 'vllm bench serve', or of guidellm")
+        Path, typer.Argument(metavar="RESULT", help="of 'replay', or of a load generator: docs lists them")
     ],
     workload: Annotated[
         str, typer.Option(help="which requests are simulated: 'file', those of RESULT, or 'scenario', its own")
     ] = "file",
-    benchmark: Annotated[int | None, typer.Option(help="which one of a guidellm report of several, from 0")] = None,
+    benchmark: Annotated[int | None, typer.Option(help="which one of a file of several, from 0")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, help="exit code 1 if a metric's error is greater, e.g. 0.15")
+        float | None,
+        typer.Option(
+            min=0, help="exit code 1 if a metric's error is greater, e.g. 0.15, or if no latency was compared"
+        ),
     ] = None,
+    despite: Annotated[
+        bool, typer.Option("--despite", help="compare although RESULT names another model, GPU or tensor parallelism")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="figures and tables")] = None,
     set_: Overrides = None,
     json_: Json = False,
@@ -109,7 +115,15 @@ def compare_run(
     from experiments.runs.progress import Log
     from experiments.runs.rundir import check_writable, read_run
     from experiments.scenario.file import Scenario
-    from experiments.validation.measured import compare, of_saved, predict, read_measured
+    from experiments.validation.measured import (
+        compare,
+        disagreements,
+        facts_of_run,
+        facts_of_scenario,
+        of_saved,
+        predict,
+        read_measured,
+    )
     from sim.types import ConfigError
 
     if workload not in ("file", "scenario"):
@@ -119,22 +133,31 @@ def compare_run(
         check_writable(out)
     measured = read_measured(result, benchmark)
     if scenario.is_dir():
-        predicted = of_saved(read_run(scenario))
+        run = read_run(scenario)
+        remarks = disagreements(measured, facts_of_run(run), None, despite=despite)
+        predicted = of_saved(run)
     else:
+        own = workload == "scenario"
+        spec = Scenario.load(scenario, set_ or ())
+        remarks = disagreements(measured, facts_of_scenario(spec), spec if own else None, despite=despite)
         with log.counting("prediction") as progress:
-            own = workload == "scenario"
-            predicted = predict(Scenario.load(scenario, set_ or ()), measured, own=own, progress=progress)
+            predicted = predict(spec, measured, own=own, progress=progress)
     comparison = compare(measured, predicted)
+    comparison.remarks.extend(remarks)
     if out is not None:
         _save_comparison(out, measured.bench, predicted, comparison)
         log.say(f"figures and tables are in {out}")
+    log.say(f"{result.name}: read as a result of {measured.source}")
     for remark in comparison.remarks:
         log.say(remark)
     _print_comparison(comparison, json_)
     beyond = [] if tolerance is None else comparison.beyond(tolerance)
     if beyond:
         log.say(f"beyond {tolerance:.0%}: {', '.join(beyond)}")
-    raise typer.Exit(1 if beyond else 0)
+    vacuous = tolerance is not None and not comparison.judged
+    if vacuous:
+        log.say("no latency was compared: --tolerance has nothing to judge")
+    raise typer.Exit(1 if beyond or vacuous else 0)
 
 
 async def _measure(

@@ -19,6 +19,15 @@ Trace = Annotated[str, typer.Argument(metavar="TRACE", help="a trace file, or 's
 FormatName = Annotated[str | None, typer.Option("--format", help="trace format; guessed where unambiguous")]
 BlockTokens = Annotated[int | None, typer.Option(help="tokens per prefix hash, for formats that do not say")]
 TimeUnit = Annotated[str | None, typer.Option(help="s, ms, us or ns, for formats that do not say")]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIELD=NAME,...", help="any table: arrival_s=ts_ms/1000,input_tokens=prompt,output_tokens=completion"
+    ),
+]
+Characters = Annotated[float | None, typer.Option(help="count the tokens of a text so (4 is usual for English)")]
+Tokenizer = Annotated[str | None, typer.Option(metavar="FILE", help="count them with a tokenizer.json")]
+Turns = Annotated[str | None, typer.Option(help="of conversations: the 'first' turn of each, or 'all'")]
 Sort = Annotated[bool, typer.Option("--sort", help="order by arrival (holds the trace in memory)")]
 Limit = Annotated[int | None, typer.Option(help="the first N requests")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -42,6 +51,10 @@ def stats(
     format_: FormatName = None,
     block_tokens: BlockTokens = None,
     time_unit: TimeUnit = None,
+    columns: Columns = None,
+    characters_per_token: Characters = None,
+    tokenizer: Tokenizer = None,
+    turns: Turns = None,
     sort: Sort = False,
     limit: Limit = None,
     json_: Json = False,
@@ -51,7 +64,12 @@ def stats(
     from sim.types import ConfigError
     from traces import survey
 
-    stream = _stream(trace, format=format_, sort=sort, limit=limit, **_options(block_tokens, time_unit))
+    options = _options(
+        block_tokens=block_tokens, time_unit=time_unit, columns=columns, characters_per_token=characters_per_token,
+        tokenizer=tokenizer, turns=turns,
+    )  # fmt: skip
+    stream = _stream(trace, format=format_, sort=sort, limit=limit, **options)
+    _say_remarks(stream)
     surveyed = survey(stream)
     figures = {**surveyed.statistics, "skipped": stream.skipped}
     if plot is not None:
@@ -75,6 +93,10 @@ def convert(
     format_: FormatName = None,
     block_tokens: BlockTokens = None,
     time_unit: TimeUnit = None,
+    columns: Columns = None,
+    characters_per_token: Characters = None,
+    tokenizer: Tokenizer = None,
+    turns: Turns = None,
     sort: Sort = False,
     limit: Limit = None,
     start_s: Annotated[float, typer.Option(help="leave out what arrives before")] = 0.0,
@@ -88,9 +110,13 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Read any known format, slice and rescale it, and write our own format."""
+    options = _options(
+        block_tokens=block_tokens, time_unit=time_unit, columns=columns, characters_per_token=characters_per_token,
+        tokenizer=tokenizer, turns=turns,
+    )  # fmt: skip
     stream = _stream(
         trace, seed=seed, format=format_, sort=sort, limit=limit, start_s=start_s, end_s=end_s, time_scale=time_scale,
-        rate=rate, arrivals=arrivals, cv=cv, arrival_options=_settings(arrival), **_options(block_tokens, time_unit),
+        rate=rate, arrivals=arrivals, cv=cv, arrival_options=_settings(arrival), **options,
     )  # fmt: skip
     _write(out, stream, quiet)
 
@@ -194,12 +220,19 @@ def _write(out: Path, stream: RequestStream, quiet: bool, token_s: float = 0.03)
 
     spec = stream.workload
     waits = spec.closed_loop is not None or spec.sessions is not None
+    _say_remarks(stream, quiet)
     written = write(out, unroll(stream.source(), token_s) if waits else stream)
     Log(quiet).say(f"wrote {written:,} requests to {out} ({stream.skipped:,} without tokens left out)")
 
 
-def _options(block_tokens: int | None, time_unit: str | None) -> dict[str, Any]:
-    options = {"block_tokens": block_tokens, "time_unit": time_unit}
+def _say_remarks(stream: RequestStream, quiet: bool = False) -> None:
+    from experiments.runs.progress import Log
+
+    for remark in stream.remarks:
+        Log(quiet).say(remark)
+
+
+def _options(**options: Any) -> dict[str, Any]:
     return {"format_options": {name: value for name, value in options.items() if value is not None}}
 
 

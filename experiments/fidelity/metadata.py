@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sim import Limits
-from sim.cluster import Gpu, gpu
+from sim.cluster import Gpu, gpu, gpu_called
+from sim.cluster.names import called, match, words
 from sim.memory import UNSEEN_BYTES
 from sim.model import model
 from sim.types import ConfigError
@@ -22,24 +23,33 @@ PLACES = (
     "resolved_config.model_config", "kv_cache", "engine_kwargs", "hardware", "",
 )  # fmt: skip
 """Where a setting may stand, the most reliable first."""
-GPU_NAMES = (
-    ("rtx 4090", "RTX-4090"), ("rtx pro 6000", "RTX-PRO-6000"), ("rtx 3090 ti", "RTX-3090-Ti"),
-    ("rtx 3090", "RTX-3090"), ("rtx a6000", "A6000"), ("rtx a5000", "A5000"), ("l40s", "L40S"), ("l4", "L4"),
-    ("a100 sxm4 40gb", "A100-40G-SXM"), ("a100 sxm4?", "A100-80G-SXM"), ("a100 80gb pcie", "A100-80G-PCIe"),
-    ("a100 pcie 80gb", "A100-80G-PCIe"), ("h100 pcie", "H100-PCIe"), ("h100", "H100-SXM"), ("h200", "H200-SXM"),
-    ("b200", "B200"), ("a40", "A40"), ("a10g", "A10G"), ("v100 sxm2 32gb", "V100-32G"), ("v100 sxm2 16gb", "V100-16G"),
-    ("tesla t4", "T4"),
-)  # fmt: skip
-"""Words of CUDA's device name, hyphens as spaces, and the catalogue's name; the first that fits."""
 UNLISTED = (
-    ("h100 nvl", "H100-NVL", "H100-PCIe", 95830, 3938, {"float32": 60, "float16": 835.5, "float8": 1671}),
-    ("rtx 5090", "RTX-5090", "RTX-PRO-6000", 32607, 1792, {"float32": 104.8, "float16": 209.5, "float8": 419}),
-    ("rtx 6000 ada", "RTX-6000-Ada", "L40S", 49140, 960, {"float32": 91.1, "float16": 364.2, "float8": 728.5}),
-    ("a10", "A10", "A10G", 23028, 600, {"float32": 31.2, "float16": 125}),
+    (
+        called("H100-NVL", "h100 nvl", "94gb hbm3"),
+        "H100-PCIe",
+        95830,
+        3938,
+        {"float32": 60, "float16": 835.5, "float8": 1671},
+    ),
+    (
+        called("RTX-5090", "5090", "rtx 32gb"),
+        "RTX-PRO-6000",
+        32607,
+        1792,
+        {"float32": 104.8, "float16": 209.5, "float8": 419},
+    ),
+    (
+        called("RTX-6000-Ada", "6000 ada", "rtx generation 48gb"),
+        "L40S",
+        49140,
+        960,
+        {"float32": 91.1, "float16": 364.2, "float8": 728.5},
+    ),
+    (called("A10", "a10", "24gb pcie"), "A10G", 23028, 600, {"float32": 31.2, "float16": 125}),
 )
-"""GPUs that the catalogue lacks: words of CUDA's name, ours, the type whose links they have, MiB, GB/s, dense TFLOP/s
-with float32 accumulation (data sheets: H100 NVL 2023 and A10 2021, with sparsity halved; architecture papers: RTX
-Blackwell 2025, Ada 2022)."""
+"""GPUs that the catalogue lacks: ours and the words of CUDA's name, the type whose links they have, MiB, GB/s, dense
+TFLOP/s with float32 accumulation (data sheets: H100 NVL 2023 and A10 2021, with sparsity halved; architecture papers:
+RTX Blackwell 2025, Ada 2022)."""
 SUFFIXES = re.compile(r"(-(instruct|chat|hf|base|it|\d{4}|fp8|fp8-dynamic|fp8-kv|v0\.1))+$")
 SAME_SHAPE = {
     "llama-3-8b": "llama-3.1-8b", "llama-3-70b": "llama-3.1-70b", "llama-3.3-70b": "llama-3.1-70b",
@@ -217,11 +227,11 @@ def _device(look: _Meta) -> Gpu:
     name = look.get("device_name", "gpu")
     if name is None:
         raise ConfigError(f"{look.where}: device_name (or gpu) is missing; state the GPU, such as RTX-4090")
-    words = re.sub(r"[-_\s]+", " ", str(name).lower())
-    device = _unlisted(words)
+    device = _unlisted(str(name))
     if device is None:
-        kind = next((kind for part, kind in GPU_NAMES if re.search(rf"\b{part}\b", words)), None)
-        device = gpu(kind or str(name))
+        device = gpu(gpu_called(str(name)))
+        if device.name.endswith("-SXM") and not {"sxm", "hbm3", "hbm3e", "hbm2e", "hbm2"} & set(words(str(name))):
+            look.assumed.append(f"gpu: {name!r} is the {device.name}")
     seen_bytes = look.get("device_total_memory_bytes")
     if seen_bytes is None:
         return device
@@ -230,18 +240,19 @@ def _device(look: _Meta) -> Gpu:
     return replace(device, memory_bytes=seen_bytes + round(UNSEEN_BYTES))
 
 
-def _unlisted(words: str) -> Gpu | None:
-    for part, name, like, memory_mib, gb_per_s, tflops in UNLISTED:
-        if re.search(rf"\b{part}\b", words):
-            flops = {dtype: rate * 1e12 for dtype, rate in {**tflops, "bfloat16": tflops["float16"]}.items()}
-            return replace(
-                gpu(like),
-                name=name,
-                memory_bytes=memory_mib * 2**20,
-                bandwidth_bytes_per_s=gb_per_s * 1e9,
-                flops=flops,
-            )
-    return None
+def _unlisted(text: str) -> Gpu | None:
+    listed = next((entry for entry in UNLISTED if entry[0].must <= set(words(text))), None)
+    if listed is None or match(text, [listed[0]]) is None:
+        return None
+    known, like, memory_mib, gb_per_s, tflops = listed
+    flops = {dtype: rate * 1e12 for dtype, rate in {**tflops, "bfloat16": tflops["float16"]}.items()}
+    return replace(
+        gpu(like),
+        name=known.name,
+        memory_bytes=memory_mib * 2**20,
+        bandwidth_bytes_per_s=gb_per_s * 1e9,
+        flops=flops,
+    )
 
 
 def _model(look: _Meta) -> str:

@@ -1,6 +1,6 @@
-"""Real runs as they were saved: LLMServingSim's folders, the JSON of ``vllm bench serve`` or a report of guidellm.
+"""Real runs as they were saved: LLMServingSim's folders, or the results of load generators.
 
-The latter two name no GPU: ``meta.json`` beside them does, or whoever asks.
+The latter name no GPU: ``meta.json`` beside them does, or whoever asks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.fidelity.metadata import Facts, read_facts
-from experiments.runs.vllm_bench import Bench, read_bench
-from experiments.validation.measured import read_measured
+from experiments.readers.read import READERS, load_records, read_measured
+from experiments.runs.vllm_bench import Bench
 from sim import Request
 from sim.outside import MOST_RESULT_BYTES, parse_json, read_json, read_text
 from sim.types import ConfigError
@@ -44,47 +44,35 @@ class RecordedRun:
         return float((self.truth.arrival_s + self.truth.e2e_s).max())
 
 
-def read_run(folder: Path, stated: dict[str, Any] | None = None, benchmark: int | None = None) -> RecordedRun:
-    """A folder with ``requests.jsonl`` or a benchmark's JSON, and ``meta.json``; ``stated`` goes before the latter.
+def read_run(place: Path, stated: dict[str, Any] | None = None, benchmark: int | None = None) -> RecordedRun:
+    """A benchmark's file, or a folder with it or ``requests.jsonl``, and ``meta.json``; ``stated`` goes before that.
 
     ``benchmark``: which one of a guidellm report of several. ``ConfigError`` names file, field and mend.
     """
+    file, folder = (place, place.parent) if place.is_file() else (None, place)
     meta_path = folder / "meta.json"
     meta = _json(meta_path) if meta_path.is_file() else {}
     meta = {**meta, "engine_kwargs": {**meta.get("engine_kwargs", {}), **(stated or {})}}
-    if (folder / "requests.jsonl").is_file():
+    if (folder / "requests.jsonl").is_file() and file in (None, folder / "requests.jsonl"):
         facts = read_facts(meta, str(meta_path))
         return _logged(folder, facts)
-    for path in sorted(folder.glob("*.json")):
-        fields = _json(path)
+    for path in [file] if file is not None else sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")]):
+        if path == meta_path or path.name == "trace.jsonl":
+            continue
+        records = load_records(path)
+        if file is None and not any(reader.is_it(records[0]) for reader in READERS):
+            continue
+        measured = read_measured(path, benchmark)
         where = str(meta_path if meta_path.is_file() else path)
-        if path != meta_path and "benchmarks" in fields:
-            bench = read_measured(path, benchmark).bench
-            assert bench is not None  # guidellm's reports have their requests
-            facts = read_facts({**_guidellm_model(fields, benchmark or 0), **meta}, where)
-            return _benchmark(path, bench, {}, facts)
-        if path != meta_path and "ttfts" in fields:
-            return _benchmark(path, read_bench(path), fields, read_facts({**fields, **meta}, where))
+        if measured.bench is None:
+            raise ConfigError(f"{path}: this result of {measured.source} has no requests (vLLM: --save-detailed)")
+        fields = records[benchmark or 0] if len(records) > (benchmark or 0) else records[0]
+        named = {"model": measured.facts["model"]} if "model" in measured.facts else {}
+        return _benchmark(path, measured.bench, fields, read_facts({**fields, **named, **meta}, where))
     raise ConfigError(
-        f"{folder}: has neither requests.jsonl, nor the JSON of 'vllm bench serve --save-detailed', nor a report of "
-        "guidellm"
+        f"{folder}: has neither requests.jsonl, nor the result of a load generator that has its requests ("
+        "'vllm bench serve --save-detailed', guidellm, SGLang's --output-details, aiperf)"
     )
-
-
-def _guidellm_model(fields: dict[str, Any], number: int) -> dict[str, Any]:
-    """The model that a report of guidellm names, by its newer and its older schema; nothing if it does not."""
-    chosen = fields["benchmarks"][number]
-    for *parts, name in (
-        ("config", "backend", "model"),
-        ("benchmarker", "backend", "model"),
-        ("worker", "backend_model"),
-    ):
-        inner: Any = chosen
-        for part in parts:
-            inner = inner.get(part) if isinstance(inner, dict) else None
-        if isinstance(inner, dict) and isinstance(inner.get(name), str):
-            return {"model": inner[name]}
-    return {}
 
 
 def _json(path: Path) -> dict[str, Any]:

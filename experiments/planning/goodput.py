@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.jobs.workers import Here, process_pool
 from experiments.runs.comparison import Given, variants
-from experiments.runs.rundir import MARK, environment, whole_folder, write_json
+from experiments.runs.rundir import MARK, environment, into_folder, write_json
 from experiments.scenario.file import Scenario, load
 from experiments.scenario.resolve import Setup, resolve
-from experiments.sweeps.sweep import Here, means, process_pool
+from experiments.sweeps.sweep import means
 from sim.goodput import CRITERIA, HALVINGS, Criterion, Goodput, attained
 from sim.goodput import goodput as bisected
 from sim.metrics import BOUNDS, attainment
@@ -220,7 +221,7 @@ def save_goodput(
     from experiments.plots.style import save
 
     trials = [{"system": label, **trial._asdict()} for label, one in found.items() for trial in one.trials]
-    with whole_folder(folder) as new:
+    with into_folder(folder) as new:
         for name, table in (("goodput", pd.DataFrame(rows)), ("trials", pd.DataFrame(trials)), ("runs", around)):
             table.to_csv(new / f"{name}.csv", index=False, lineterminator="\n")
         if len(around):

@@ -13,7 +13,8 @@ from experiments.reports import charts
 from experiments.reports.folder import Folder, Kind
 from experiments.reports.tables import facts, table
 from experiments.runs.rundir import Run
-from experiments.runs.tables import METRICS, notes, winners
+from experiments.runs.tables import METRICS, apart, notes, winners
+from experiments.sweeps.sweep import labelled
 from sim.metrics import LATENCIES
 
 SLOWEST = 20
@@ -86,9 +87,10 @@ def _comparison(folder: Folder) -> Report:
     }
     rows = pd.DataFrame({"metric": [metric.name for metric in METRICS], **columns})
     left_out = "".join(f" {label} is left out: {reason}." for label, reason in folder.summary["left_out"].items())
+    others = "".join(f" {label}: {why}." for label, why in apart(summaries).items())
     metrics = Section(
         title="Side by side", parts=[table(rows, name="metrics")], wide=True,
-        text="A star marks the best value of a row." + left_out + _notes(summaries),
+        text="A star marks the best value of a row." + others + left_out + _notes(summaries),
     )  # fmt: skip
     return Report(headline=_winner(summaries), sections=[metrics, *_of_runs(folder)])
 
@@ -181,7 +183,8 @@ def _spoken(latency: str) -> str:
 
 
 def _sweep(folder: Folder) -> Report:
-    means, best = folder.tables["means"], folder.summary["best_rates"]
+    fields = folder.summary.get("fields", [])
+    means, best = labelled(folder.tables["means"], fields), folder.summary["best_rates"]
     wide = means.pivot_table(index=["system", "rate_per_s"], columns="metric", values="mean", sort=False).reset_index()
     target = best[0]["target"]
     return Report(

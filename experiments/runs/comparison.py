@@ -119,6 +119,8 @@ def run_all(
     Returns the runs, and why others are left out: their planners found nothing. ``InfeasibleError`` if all are.
     """
     setups = {label: resolve(scenario) for label, scenario in chosen.items()}
+    for remark in dict.fromkeys(remark for setup in setups.values() for remark in setup.requests.remarks):
+        log.say(remark)
     runs: dict[str, Run] = {}
     left_out: dict[str, str] = {}
     for number, (label, setup) in enumerate(setups.items(), start=1):

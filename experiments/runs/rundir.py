@@ -33,6 +33,8 @@ TABLES = ("requests", "steps", "links", "memory", "replicas")
 OPTIONAL_TABLES = ("notes", "tokens")
 MARK = "summary.json"
 """The file by which a directory of ours is known."""
+JOURNAL = "journal.jsonl"
+"""Of a job that is under way, or was: what is finished of it."""
 PACKAGES = ("phasewise", "numpy", "scipy", "pandas", "pyarrow", "simpy", "pydantic", "matplotlib")
 
 
@@ -121,7 +123,8 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"--out {clip(str(folder))}: {reason}; name another folder") from None
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"--out {folder}: it is not a directory; name a new one")
-    if folder.is_dir() and any(folder.iterdir()) and not folder.joinpath(MARK).is_file():
+    ours = any(folder.joinpath(name).is_file() for name in (MARK, JOURNAL))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise ConfigError(f"--out {folder}: it is not empty and not a run directory; name a new one")
     parent = next(place for place in folder.absolute().parents if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -199,6 +202,19 @@ def whole_files(folder: Path) -> Iterator[Path]:
         if made:
             with suppress(OSError):  # not empty: all went well
                 folder.rmdir()
+
+
+@contextmanager
+def into_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside ``folder`` whose files go there, each whole, if the block succeeds; others stay."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as name:
+            yield Path(name)
+            for file in sorted(Path(name).iterdir(), key=lambda file: file.name == MARK):
+                file.replace(folder / file.name)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror or error}; name another folder") from None
 
 
 def environment() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from experiments.runs.rundir import Run
 from sim.metrics import met
+from sim.outside import MOST_RESULT_BYTES, read_json
 from sim.record import REQUEST_COLUMNS
 from sim.types import ConfigError, Slo
 
@@ -174,12 +175,8 @@ def request_table(
 
 def load(path: Path) -> dict[str, Any]:
     """A benchmark's JSON object, as it is."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the JSON of 'vllm bench serve'") from None
-    except (ValueError, RecursionError):
-        fields = None
+    mend = "give the file that 'vllm bench serve --save-result' wrote"
+    fields = read_json(path, "result", MOST_RESULT_BYTES, mend=mend)
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: not a JSON object; give the file that 'vllm bench serve --save-result' wrote")
     return fields

@@ -375,6 +375,10 @@ class Scenario(Part):
             )
         return self._with(workload=self.workload.model_copy(update={"rate": rate_per_s}), seed=seed)
 
+    def seeded(self, seed: int) -> Scenario:
+        """The same experiment with another seed."""
+        return self._with(seed=seed)
+
     def to_yaml(self) -> str:
         """Everything spelt out, so that the run can be repeated from this text."""
         return yaml.safe_dump(

@@ -66,6 +66,11 @@ class RequestStream:
         """Requests without input or output tokens that the traces' readers left out."""
         return sum(reader.skipped for reader in self._readers.values())
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was decided about the traces' files, what of them is not used, and what looks wrong."""
+        return tuple(f"{reader.path.name}: {remark}" for reader in self._readers.values() for remark in reader.remarks)
+
     def source(self) -> Source:
         """What feeds the simulator: an open loop, or one in which requests wait for answers."""
         spec, seed = self.workload, self._seed(THINK_STREAM)
@@ -73,6 +78,13 @@ class RequestStream:
             return ClosedLoop(self, users=loop.clients, think_s=loop.think_s, think_cv=loop.think_cv, seed=seed)
         if (talk := spec.sessions) is not None:
             return Sessions(self, **talk.model_dump(), seed=seed)
+        for name, reader in self._readers.items():
+            if reader.delayed:
+                place = f"workload.mix.{name}.trace" if name else "workload.trace"
+                raise ConfigError(
+                    f"{place}: turns of {reader.path.name} wait for the turn before them (delay, think_s); "
+                    "set workload.sessions, as in {inputs: new}, or {inputs: whole} if lengths count the whole prompt"
+                )
         return TraceSource(self)
 
     def __iter__(self) -> Iterator[Request]:

@@ -76,7 +76,8 @@ class StreamSpec(Part):
     )
     format_options: dict[str, Any] = Field(
         default={},
-        description="block_tokens, time_unit: of the formats that have them",
+        description="of the formats that have them: block_tokens, time_unit, columns, characters_per_token, "
+        "tokenizer, turns",
         examples=[{"block_tokens": 16, "time_unit": "s"}],
     )
     sort: bool = Field(default=False, description="order the trace by arrival (holds it in memory)", examples=[True])

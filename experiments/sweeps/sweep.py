@@ -1,86 +1,129 @@
-"""One scenario over arrival rates, seeds and systems: every run a row, and the mean over seeds with its interval.
+"""One scenario over rates, any fields, seeds and systems: every run a row, and the mean over seeds with its interval.
 
-``points`` lists the runs, ``run_points`` does them on any ``concurrent.futures`` executor, ``means`` and
-``best_rates`` condense them, ``save_sweep`` writes the lot.
+``points`` lists the runs, ``run_points`` does them on any ``concurrent.futures`` executor (``jobs`` has one that
+survives), ``means`` and ``best_rates`` condense them, ``save_sweep`` writes the lot. ``grid.py``: which fields vary.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments.jobs.content import digest, plain
+from experiments.jobs.executor import ClusterLostError
+from experiments.jobs.run import Where, jobs
 from experiments.runs.comparison import Given, variants
-from experiments.runs.rundir import MARK, environment, whole_folder, write_json
+from experiments.runs.rundir import MARK, environment, into_folder, write_json
 from experiments.scenario.file import Scenario, load
 from experiments.scenario.resolve import resolve
+from experiments.sweeps.grid import MOST_POINTS, Changes, changes_of
 from sim.metrics import estimate
-from sim.types import ConfigError, InfeasibleError
+from sim.types import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 KEYS = ("system", "rate_per_s", "seed")
+"""Of every row, before its figures; between the first and the second stand the fields that the sweep varies."""
+FAILURE = "failure"
+"""Column: why a point has no figures."""
 LEVEL = 0.95
 """Of the confidence intervals."""
+MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One run of the sweep."""
+    """One run of the sweep. ``rate_per_s``: None for the scenario's own arrivals. ``changes``: fields that vary."""
 
     system: str
-    rate_per_s: float
+    rate_per_s: float | None
     scenario: Scenario
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a sweep is asked for; two that are equal have the same points."""
+
+    scenario: Scenario
+    rates_per_s: tuple[float, ...] = ()
+    seeds: int = 1
+    systems: str | None = None
+    changes: tuple[Changes, ...] = ({},)
+
+    def study(self) -> dict[str, Any]:
+        """What a journal says of it: enough to ask for it again."""
+        asked = {
+            "scenario": self.scenario.model_dump(mode="json", exclude_unset=True), "where": self.scenario.where,
+            "rates_per_s": self.rates_per_s, "seeds": self.seeds, "systems": self.systems, "changes": self.changes,
+        }  # fmt: skip
+        name = Path(self.scenario.where).stem
+        return {"name": name, "hash": digest([metadata.version("phasewise"), plain(self)]), "asked": asked}
 
 
 def sweep(
     scenario: Given,
-    rates_per_s: Sequence[float],
+    rates_per_s: Sequence[float] = (),
     *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
     seeds: int = 1,
     systems: str | None = None,
     workers: int | None = 1,
+    out: str | Path | None = None,
 ) -> pd.DataFrame:
-    """A row a run (columns of ``row_of``): every system at every rate with every seed; ``means`` condenses them.
+    """A row a run: every system at every rate and point of the grid, with every seed; ``means`` condenses them.
 
-    ``systems`` as in ``points``. ``workers``: processes, None for one per processor; more than one needs
-    a script whose work stands under ``if __name__ == "__main__":``.
+    Columns: ``KEYS``, the grid's fields, those of ``row_of``, and ``failure``. ``grid``: field to values, such as
+    ``{"system.engine.max_num_seqs": [64, 128]}``. ``systems`` as in ``points``. ``workers``: processes, None for one
+    per processor; more than one needs a script whose work stands under ``if __name__ == "__main__":``. ``out``: a
+    folder for the journal, from which the same call goes on after it was stopped.
     """
-    import pandas as pd
+    changes = tuple(changes_of(grid or {}, None))
+    asked = Asked(
+        scenario=load(scenario), rates_per_s=tuple(rates_per_s), seeds=seeds, systems=systems, changes=changes
+    )
+    todo = points(asked)
+    with jobs(None if out is None else Path(out), asked.study(), Where(workers=workers)) as executor:
+        return frame(run_points(todo, executor))
 
-    todo = points(load(scenario), rates_per_s=rates_per_s, seeds=seeds, systems=systems)
-    with Here() if workers == 1 else process_pool(workers) as executor:
-        rows, _ = run_points(todo, executor)
-    return pd.DataFrame(rows)
 
+def points(asked: Asked) -> list[Point]:
+    """Every system at every rate and change with every seed; the seeds are the scenario's own and those that follow.
 
-def points(scenario: Scenario, *, rates_per_s: Sequence[float], seeds: int, systems: str | None = None) -> list[Point]:
-    """Every system at every rate with every seed; the seeds are the scenario's own and those that follow it.
-
-    ``systems`` as in ``comparison.variants``; without it the entries of ``compare``, else the scenario's own system.
-    ``ConfigError`` for a rate that is not a positive number, or one of the
-    scenario's own mistakes.
+    Without ``systems`` the entries of ``compare``, else the scenario's own system; without rates its own arrivals.
+    ``ConfigError`` for a rate that is not a positive number, a field that there is not, or one of the scenario's own
+    mistakes.
     """
-    if seeds < 1 or not rates_per_s:
-        raise ConfigError(f"--rates {list(rates_per_s)} --seeds {seeds}: both need at least one")
-    for rate in rates_per_s:
+    if asked.seeds < 1 or asked.seeds > MOST_SEEDS:
+        raise ConfigError(f"--seeds {asked.seeds}: give from 1 to {MOST_SEEDS:,}")
+    for rate in asked.rates_per_s:
         if not 0 < rate < float("inf"):
             raise ConfigError(f"--rates {rate:g}: must be a positive number of requests/s")
+    rates: list[float | None] = list(dict.fromkeys(asked.rates_per_s)) or [None]
     found = []
-    chosen = systems if systems is not None or scenario.compare else scenario.system.name
-    for label, variant in variants(scenario, chosen).items():
-        for rate in dict.fromkeys(rates_per_s):
-            for seed in range(scenario.seed, scenario.seed + seeds):
-                found.append(Point(system=label, rate_per_s=rate, scenario=variant.at(rate_per_s=rate, seed=seed)))
+    for changes in asked.changes:
+        texts = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+        scenario = load(asked.scenario, texts) if texts else asked.scenario
+        chosen = asked.systems if asked.systems is not None or scenario.compare else scenario.system.name
+        for label, variant in variants(scenario, chosen).items():
+            for at in rates:
+                for seed in range(scenario.seed, scenario.seed + asked.seeds):
+                    one = variant.at(rate_per_s=at, seed=seed) if at else variant.seeded(seed)
+                    found.append(Point(system=label, rate_per_s=at, scenario=one, changes=changes))
+    if len(found) > MOST_POINTS:
+        raise ConfigError(f"{len(found):,} points are more than {MOST_POINTS:,}; take fewer values")
     return found
 
 
@@ -88,8 +131,17 @@ def run_point(point: Point) -> dict[str, Any]:
     """Simulate one point; its row."""
     setup = resolve(point.scenario)
     summary = setup.summary(setup.run())
-    figures = row_of(summary, point.rate_per_s)
-    return {"system": point.system, "rate_per_s": point.rate_per_s, "seed": point.scenario.seed, **figures}
+    rate = point.rate_per_s or summary["workload"]["rate_per_s"]
+    return {**_keys(point), "rate_per_s": rate, **row_of(summary, rate)}
+
+
+def _keys(point: Point) -> dict[str, Any]:
+    """What tells a point from the others; values that are no plain ones as text."""
+    plain_values = {
+        name: value if isinstance(value, str | int | float | bool) or value is None else json.dumps(value)
+        for name, value in point.changes.items()
+    }
+    return {"system": point.system, **plain_values, "rate_per_s": point.rate_per_s, "seed": point.scenario.seed}
 
 
 def row_of(summary: Mapping[str, Any], rate_per_s: float) -> dict[str, float | None]:
@@ -114,6 +166,7 @@ def row_of(summary: Mapping[str, Any], rate_per_s: float) -> dict[str, float | N
         "output_tokens_per_s": tokens_per_s,
         "tokens_per_s_per_gpu": None if tokens_per_s is None else tokens_per_s / gpus,
         "tokens_per_s_per_user": 1 / pace_s if pace_s else None,
+        "gpus": gpus,
         "cluster_usd_per_hour": summary["cluster_usd_per_hour"],
         "usd_per_million_tokens": summary["usd_per_million_tokens"],
         "joules_per_token": summary["joules_per_token"],
@@ -125,109 +178,123 @@ def row_of(summary: Mapping[str, Any], rate_per_s: float) -> dict[str, float | N
 
 def run_points(
     todo: Sequence[Point], executor: Executor, done: Callable[[], None] = lambda: None
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows in the order of the points; ``done`` is called after each. The first error stops the sweep.
+) -> list[dict[str, Any]]:
+    """Rows in the order of the points; ``done`` is called after each.
 
-    Points for which a system finds no plan have no row; the second result says which, and why, by system and rate.
+    A point that failed, or for which its system finds no plan, has a row with its ``failure`` in place of figures.
     """
-    futures: dict[Future[dict[str, Any]], int] = {executor.submit(run_point, point): n for n, point in enumerate(todo)}
-    rows: dict[int, dict[str, Any]] = {}
-    missing: dict[int, str] = {}
-    try:
-        for future in as_completed(futures):
-            try:
-                rows[futures[future]] = future.result()
-            except InfeasibleError as error:
-                missing[futures[future]] = str(error)
-            done()
-    except BaseException:
-        for future in futures:
-            future.cancel()
-        raise
-    if not rows:
-        raise InfeasibleError(missing[0])
-    reasons = {f"{todo[place].system} at {todo[place].rate_per_s:g}/s": missing[place] for place in sorted(missing)}
-    return [rows[place] for place in sorted(rows)], reasons
-
-
-def process_pool(workers: int | None) -> ProcessPoolExecutor:
-    """Fresh interpreters, so that a sweep behaves alike on every system; ``None``: one per processor."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-class Here(Executor):
-    """Runs what it is given at once, in this process."""
-
-    def submit(self, call: Callable[..., Any], /, *args: Any, **more: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+    futures = [executor.submit(run_point, point) for point in todo]
+    rows = []
+    for point, future in zip(todo, futures, strict=True):
         try:
-            future.set_result(call(*args, **more))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+            rows.append({**future.result(), FAILURE: None})
+        except ClusterLostError:
+            raise
+        except ConfigError as error:
+            rows.append({**_keys(point), FAILURE: str(error)})
+        done()
+    return rows
+
+
+def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """As a table; the column ``failure`` last."""
+    import pandas as pd
+
+    table = pd.DataFrame(list(rows))
+    return table[[*(name for name in table.columns if name != FAILURE), FAILURE]]
 
 
 # ---------------------------------------------------------------- over the seeds
 
 
-def means(rows: pd.DataFrame) -> pd.DataFrame:
-    """Columns system, rate_per_s, metric, mean, low, high, runs: over the seeds, with Student's 95 % interval.
+def means(rows: pd.DataFrame, fields: Sequence[str] = ()) -> pd.DataFrame:
+    """Columns system, ``fields``, rate_per_s, metric, mean, low, high, runs: over the seeds, Student's 95 % interval.
 
     A run without a value is left out of ``runs``; the bounds are empty where fewer than two are left.
     """
     import pandas as pd
 
-    metrics = [name for name in rows.columns if name not in KEYS]
+    keys = ["system", *fields, "rate_per_s"]
+    metrics = [name for name in rows.columns if name not in (*keys, "seed", FAILURE)]
     found = []
-    for (system, rate), group in rows.groupby(["system", "rate_per_s"], sort=False):
+    for key, group in rows.groupby(keys, sort=False, dropna=False):
         for metric in metrics:
             value = estimate(group[metric].to_numpy(dtype=float), LEVEL)
             if value is not None:
                 half = float("nan") if value.half_width is None else value.half_width
-                found.append((system, rate, metric, value.mean, value.mean - half, value.mean + half, value.runs))
-    return pd.DataFrame(found, columns=["system", "rate_per_s", "metric", "mean", "low", "high", "runs"])
+                found.append((*key, metric, value.mean, value.mean - half, value.mean + half, value.runs))
+    return pd.DataFrame(found, columns=[*keys, "metric", "mean", "low", "high", "runs"])
 
 
-def best_rates(rows: pd.DataFrame, target: float, gpus: int) -> list[dict[str, Any]]:
-    """Per system the highest rate tried at which the mean attainment reaches the target; ``None`` if none does.
+def best_rates(rows: pd.DataFrame, target: float) -> list[dict[str, Any]]:
+    """Per label (``labelled``) the highest rate tried whose mean attainment reaches the target; ``None`` if none does.
 
     Also per GPU, and in requests per dollar of the whole cluster's rent.
     """
     found = []
     for system, group in rows.groupby("system", sort=False):
-        shares = group.groupby("rate_per_s")["attainment"].mean()
+        known = group.dropna(subset=["attainment"])
+        shares = known.groupby("rate_per_s")["attainment"].mean()
         enough = shares.index[shares >= target]
         rate = float(enough.max()) if len(enough) else None
-        usd_per_hour = group["cluster_usd_per_hour"].iloc[0]
-        known = rate is not None and usd_per_hour is not None and usd_per_hour > 0
+        usd, gpus = (known[name].iloc[0] if len(known) else None for name in ("cluster_usd_per_hour", "gpus"))
+        priced = rate is not None and usd is not None and usd > 0
         found.append(
             {"system": system, "target": target, "rate_per_s": rate,
-             "rate_per_s_per_gpu": None if rate is None else rate / gpus,
-             "requests_per_usd": rate * 3600 / float(usd_per_hour) if known and rate is not None else None}
+             "rate_per_s_per_gpu": rate / int(gpus) if rate is not None and gpus is not None else None,
+             "requests_per_usd": rate * 3600 / float(usd) if priced and rate is not None and usd is not None else None}
         )  # fmt: skip
     return found
+
+
+def labelled(rows: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame:
+    """With the fields that vary in the name of the system: ``vllm, max_num_seqs=64``."""
+    varied = [name for name in fields if rows[name].nunique(dropna=False) > 1]
+    if not varied:
+        return rows.drop(columns=list(fields))
+    last = {name: name.rpartition(".")[2] for name in varied}
+    short = {name: last[name] if list(last.values()).count(last[name]) == 1 else name for name in varied}
+    parts = [short[name] + "=" + rows[name].map(_short) for name in varied]
+    names = rows["system"]
+    for part in parts:
+        names = names + ", " + part
+    return rows.assign(system=names).drop(columns=list(fields))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------- the whole sweep
 
 
-def save_sweep(folder: Path, title: str, scenario: Scenario, rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Write runs.csv, means.csv, figures with their CSVs, scenario, environment and summary.json: all or nothing."""
+def save_sweep(folder: Path, scenario: Scenario, rows: pd.DataFrame, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """Write runs (CSV and Parquet), means.csv, figures with their CSVs, scenario, environment and summary.json."""
+    from experiments.plots.heat import shares
     from experiments.plots.pareto import pareto
     from experiments.plots.rates import rate_curves
     from experiments.plots.style import save
 
-    table = means(rows)
-    gpus = sum(node.count * node.nodes for node in scenario.cluster.nodes)
-    best = best_rates(rows, scenario.slo.attainment, gpus)
-    with whole_folder(folder) as new:
+    names = labelled(rows, fields)
+    table, best = means(names), best_rates(names, scenario.slo.attainment)
+    varied = [name for name in (*fields, "rate_per_s") if rows[name].nunique(dropna=False) > 1]
+    with into_folder(folder) as new:
         rows.to_csv(new / "runs.csv", index=False, lineterminator="\n")
-        table.to_csv(new / "means.csv", index=False, lineterminator="\n")
-        save(rate_curves(table, scenario.slo.attainment), new, "rates")
-        save(pareto(table), new, "pareto")
+        rows.astype({name: "string" for name in rows.columns if rows[name].dtype == object}).to_parquet(
+            new / "runs.parquet", index=False
+        )
+        means(rows, fields).to_csv(new / "means.csv", index=False, lineterminator="\n")
+        if len(table):
+            save(rate_curves(table, scenario.slo.attainment), new, "rates")
+            save(pareto(table), new, "pareto")
+        for system, group in rows.groupby("system", sort=False) if len(varied) >= 2 else ():
+            drawing = shares(group, varied[0], varied[1], f"{system}: requests within the SLO")
+            save(drawing, new, f"heat-{re.sub(r'[^a-z0-9.]+', '-', str(system).lower())}")
         new.joinpath("scenario.yaml").write_text(scenario.to_yaml(), encoding="utf-8")
         write_json(new / "environment.json", environment())
-        write_json(new / MARK, {"name": title, "best_rates": best})
+        failed = int(rows[FAILURE].notna().sum())
+        summary = {"name": Path(scenario.where).stem, "best_rates": best, "points": len(rows), "failed": failed}
+        write_json(new / MARK, {**summary, "fields": list(fields)})
     return best
 
 

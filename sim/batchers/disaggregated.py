@@ -17,9 +17,9 @@ class Disaggregated:
     A batch of prompts holds at most ``max_prompts``, ``prompt_tokens`` and ``max_num_batched_tokens``; a longer prompt
     runs alone. ``prompt_tokens`` None is the paper's L_m, the shortest prompt that saturates the GPUs: by the price of
     the instance's steps, as ``saturating_chunk`` finds it. KV that waits to be fetched keeps its blocks, so a full
-    decode instance stops the prefill behind it. Decodes: who was swapped out returns before anybody arrived is let in;
-    when blocks run out the latest is swapped out. A prefill instance sees no decodes and a decode instance no prompts;
-    where both meet (after a fault) prompts go first.
+    decode instance stops the prefill behind it. Decodes: when blocks run out the latest is swapped out, and returns
+    before those who arrived join; they do not wait for blocks that they hold themselves (ours). A prefill instance sees
+    no decodes and a decode instance no prompts; where both meet (after a fault) prompts go first.
     """
 
     def __init__(self, max_prompts: int = 128, prompt_tokens: int | None = None) -> None:
@@ -32,12 +32,9 @@ class Disaggregated:
     def fill(self, batch: Batch) -> None:
         if not batch.swapped and self._admit_prompts(batch):
             return
-        if not batch.swapped:
-            welcome(batch)
         make_room(batch, "swap")
-        if not batch.preempted:
+        if not batch.preempted or not batch.num_running:
             swap_in(batch, 0)
-        if not batch.num_running:  # who arrived holds the blocks that the swapped ones lack
             welcome(batch)
             make_room(batch, "swap")
         if batch.num_decodes:

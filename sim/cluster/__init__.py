@@ -18,6 +18,7 @@ Without NVLink a GPU has one physical port, so its peer traffic crosses ``gpu:``
 
 from sim.cluster.catalogue import Gpu, did_you_mean, gpu, gpus
 from sim.cluster.cluster import Cluster, Path
+from sim.cluster.names import gpu_called
 from sim.cluster.node import Link, Node
 
-__all__ = ["Cluster", "Gpu", "Link", "Node", "Path", "did_you_mean", "gpu", "gpus"]
+__all__ = ["Cluster", "Gpu", "Link", "Node", "Path", "did_you_mean", "gpu", "gpu_called", "gpus"]

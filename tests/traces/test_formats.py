@@ -66,6 +66,8 @@ EXAMPLES = [
         [(0.5, 10, 2), (0.75, 20, 3)],
     ),
 ]
+ELSEWHERE = {"bailian", "llmservingsim", "vllm-custom", "columns"}
+"""Tested in test_guess.py."""
 MINIMAL = """\
 {"timestamp": 100, "input_length": 256, "output_length": 128}
 {"timestamp": 102, "input_length": 1, "output_length": 2}
@@ -101,12 +103,15 @@ def test_every_format_is_recognised_and_read(tmp_path, name, suffix, text, expec
 
 
 def test_every_format_is_covered_here():
-    assert {example[0] for example in EXAMPLES} | {"aiperf", "guidellm"} == set(FORMATS)
+    assert {example[0] for example in EXAMPLES} | {"aiperf", "guidellm"} | ELSEWHERE == set(FORMATS)
 
 
 def test_the_time_unit_of_bare_replay_files_must_be_told(tmp_path):
     path = saved(tmp_path, MINIMAL, "trace.jsonl")
-    assert refused(path) == "FILE: the file fits several formats; name one of: aiperf, guidellm"
+    assert refused(path) == (
+        "FILE: the file fits several formats (0.5 requests/s if they are in s, 500 requests/s if they are in ms); "
+        "name one of: aiperf, guidellm"
+    )
     assert [request.arrival_s for request in read(path, "guidellm")] == [0.0, 2.0]
     assert [request.arrival_s for request in read(path, "aiperf")] == [0.0, 0.002]
     assert [request.arrival_s for request in read(path, "aiperf", time_unit="us")] == [0.0, 2e-6]
@@ -153,7 +158,7 @@ def test_what_is_not_a_date_is_refused(tmp_path, written):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "FILE: the file fits no known format (found )"),
+        ("[1, 2]", "FILE: the file fits no known format (found no names)"),
         ('[{"a": 1}]', "FILE: the file fits no known format (found a)"),
         ('{"timestamp": ', "FILE: item 1 is '{\"timestamp\": '; expected JSON"),
         (" \n", "FILE: the file is empty; expected a trace"),
@@ -259,7 +264,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert refused(tmp_path / "absent.csv", format="azure").endswith("cannot be read: No such file or directory")
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read: 'utf-8' codec" in refused(tmp_path / "bytes.csv")
-    (tmp_path / "text.parquet").write_text("arrival_s")
+    (tmp_path / "text.parquet").write_bytes(b"PAR1 and no more")
     assert "text.parquet: cannot be read:" in refused(tmp_path / "text.parquet").replace("FILE", "text.parquet")
 
 

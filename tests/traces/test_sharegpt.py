@@ -67,14 +67,14 @@ def test_answers_in_a_row_are_context_of_the_next_turn(tmp_path):
 def test_tokens_by_a_rule_only_where_it_is_asked_for(tmp_path):
     path = saved(tmp_path, [talk("human: 123456789", "gpt: 1234")])
     assert [(r.input_tokens, r.output_tokens) for r in read(path, characters_per_token=4)] == [(3, 1)]
-    with pytest.raises(ConfigError, match=r"talks.json: the file holds text.*give option tokenizer .*characters_per_"):
+    with pytest.raises(ConfigError, match=r"talks.json: the file holds text.*give --tokenizer .*characters_per_"):
         list(read(path))
 
 
 @pytest.mark.parametrize("how", [{}, {"indent": 1}, {"separators": (",", ":")}])
 @pytest.mark.parametrize("chunk", [1, 7, 2**16])
 def test_however_the_array_is_written_and_cut(tmp_path, monkeypatch, how, chunk):
-    monkeypatch.setattr("traces.sharegpt.CHUNK", chunk)
+    monkeypatch.setattr("traces.wrapping.CHUNK", chunk)
     path = saved(tmp_path, **how)
     assert guess_format(path) == "sharegpt"
     assert len(list(read(path, tokenizer=words, turns="all"))) == 5
@@ -124,10 +124,13 @@ def test_a_tokenizer_file_is_loaded_by_its_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"conversations": 3}]', "conversation 1 is .*; expected an object with a list 'conversations'"),
+        ('[{"conversations": 3}]', "conversation 1 is .*; expected an object with one list conversations"),
         ('[{"conversations": []}, 5]', "conversation 2 is 5"),
-        ('[{"conversations": [{"from": "humn", "value": "a"}]}]', "field from is 'humn'; did you mean 'human'"),
-        ('[{"conversations": [{"from": "human", "value": null}]}]', "conversation 1: message .* expected an object"),
+        (
+            '[{"conversations": [{"from": "humn", "value": "a"}]}]',
+            "field from .or role. is 'humn'; did you mean 'human'",
+        ),
+        ('[{"conversations": [{"from": "human", "value": null}]}]', "conversation 1: message .* expected texts"),
         ('[{"conversations": []}, {"conversations": [', "item 2 is .*; expected JSON"),
         ('[{"conversations": []}]', r"no request in the file \(0 without tokens left out\)"),
     ],

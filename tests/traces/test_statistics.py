@@ -175,7 +175,7 @@ def test_a_million_lines_are_read_resampled_and_summarised_in_little_memory(tmp_
 def test_progress_goes_from_the_first_bytes_to_the_last(tmp_path, suffix, monkeypatch):
     from traces import write
 
-    monkeypatch.setattr("traces.table.TELL_BYTES", 1)
+    monkeypatch.setattr("traces.wrapping.TELL_BYTES", 1)
     path, seen = tmp_path / f"trace{suffix}", []
     if suffix == ".jsonl":
         path.write_text('{"timestamp": 1, "input_length": 2, "output_length": 3}\n' * 2000)

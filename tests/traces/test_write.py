@@ -33,7 +33,7 @@ ONE = Request(id=0, arrival_s=1.5, input_tokens=3, output_tokens=4, session="s, 
 def test_a_written_trace_reads_back_equal(tmp_path):
     assert write(tmp_path / "trace.csv", [ONE]) == 1
     assert list(read(tmp_path / "trace.csv")) == [ONE]
-    assert (tmp_path / "trace.csv").read_text().splitlines()[1] == '1.5,3,4,"s, 1",,-1,,,,'
+    assert (tmp_path / "trace.csv").read_text().splitlines()[1] == '1.5,3,4,"s, 1",,-1,,,,,'
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

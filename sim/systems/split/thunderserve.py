@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
-from sim.batchers import Saturating
+from sim.batchers import Saturating, TokenBudget
 from sim.planners.pools import Pool, Split
 from sim.planners.thunderserve import TabuSearch
 from sim.policy import Planner, Problem, Rescheduler, System, View, Workload
 from sim.reschedulers import RestorePlan, described, shifted
-from sim.routers import ByShare
+from sim.routers import ByAttainment, ByShare
 from sim.systems.layout import PoolOption
 from sim.transfers import Quantized
 from sim.types import Change, ConfigError, InfeasibleError, Plan, Signal
 
+Routing = Literal["attainment", "round-robin", "random"]
 TICK_S = 5.0
 WINDOW_S = 60.0
 FEWEST_REQUESTS = 50
@@ -108,7 +109,7 @@ class Reschedule:
 def thunderserve(
     bits: int = 4,
     codec_bytes_per_s: float = 4e11,
-    routing: Literal["round-robin", "random"] = "round-robin",
+    routing: Routing = "attainment",
     n_steps: int = 100,
     n_neighbors: int = 10,
     n_memory: int = 5,
@@ -119,10 +120,11 @@ def thunderserve(
     prefill: PoolOption = None,
     decode: PoolOption = None,
 ) -> System:
-    """ThunderServe: GPU groups and their phases by tabu search, pairs by the shares of an LP, KV sent in 4 bits.
+    """ThunderServe: GPU groups and their phases by tabu search, pairs by an LP and their state, KV sent in 4 bits.
 
-    ``bits`` a value of KV on the way (16: as it is), the codec at ``codec_bytes_per_s`` (ours). ``routing``: shares
-    are kept by a weighted round robin, or drawn. The search makes ``n_steps`` of the best of ``n_neighbors``, keeps
+    ``bits`` a value of KV on the way (16: as it is), the codec at ``codec_bytes_per_s`` (ours). ``routing``: to the
+    pair that is best within the SLO by queue, batch, KV room and link, the LP's shares as weights; or the shares alone,
+    kept by a weighted round robin or drawn. The search makes ``n_steps`` of the best of ``n_neighbors``, keeps
     ``n_memory`` tabu, and ends after ``patience`` steps without gain or after ``seconds``; its seed is the scenario's.
     With ``prefill`` and ``decode`` pools that layout is taken, and only the shares are planned. ``reschedule``, when
     GPUs are lost or return or the workload shifts: lightweight (phases and shares only, nothing is loaded) or full; the
@@ -138,8 +140,8 @@ def thunderserve(
             raise ConfigError(f"system.{name} is {value}; it must be a whole number >= {least}")
     if seconds is not None and not seconds > 0:
         raise ConfigError(f"system.seconds is {seconds}; it must be > 0, or left out for no limit")
-    if routing not in ("round-robin", "random"):
-        raise ConfigError(f"system.routing is {routing!r}; thunderserve has round-robin, random")
+    if routing not in get_args(Routing):
+        raise ConfigError(f"system.routing is {routing!r}; thunderserve has {', '.join(get_args(Routing))}")
     if reschedule not in (None, "lightweight", "full"):
         raise ConfigError(f"system.reschedule is {reschedule!r}; it must be lightweight or full, or left out")
     if not 0 <= planning_s < float("inf"):
@@ -167,8 +169,8 @@ def thunderserve(
         name="thunderserve",
         mirrors="ThunderServe (MLSys 2025), by its abstract and public summaries; no code is public",
         planner=planner,
-        router=lambda: ByShare(routing),
-        batcher=lambda role: Saturating(),
+        router=lambda: ByAttainment(transfer) if routing == "attainment" else ByShare(routing),
+        batcher=lambda role: TokenBudget() if role == "mixed" else Saturating(),
         transfer=lambda: transfer,
         rescheduler=rescheduler,
     )

@@ -11,11 +11,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from experiments.jobs.executor import Jobs
+from experiments.jobs.workers import Here, local, process_pool
 from experiments.scenario.file import Scenario
-from experiments.sweeps.sweep import Here, best_rates, means, points, process_pool, run_points
+from experiments.sweeps.grid import changes_of, grid_of, read_study
+from experiments.sweeps.sweep import Asked, Point, best_rates, frame, labelled, means, points, run_points
 from sim import ConfigError
 from sim.metrics import estimate
-from sim.types import InfeasibleError
 from tests.command import call
 
 SCENARIO = """
@@ -41,8 +43,8 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_system_rate_and_seed_is_a_run(scenario: Path) -> None:
-    todo = points(Scenario.load(scenario), rates_per_s=[1.0, 4.0], seeds=2, systems="vllm,sarathi-serve")
-    rows, _ = run_points(todo, Here())
+    asked = Asked(scenario=Scenario.load(scenario), rates_per_s=(1.0, 4.0), seeds=2, systems="vllm,sarathi-serve")
+    rows = run_points(points(asked), Here())
     keys = [(row["system"], row["rate_per_s"], row["seed"]) for row in rows]
     assert keys == [(s, r, seed) for s in ("vllm", "sarathi-serve") for r in (1.0, 4.0) for seed in (5, 6)]
     assert all(row["completed"] == 8 for row in rows)
@@ -54,40 +56,101 @@ def test_every_system_rate_and_seed_is_a_run(scenario: Path) -> None:
 
 
 def test_any_executor_gives_the_same_rows(scenario: Path) -> None:
-    todo = points(Scenario.load(scenario), rates_per_s=[1.0, 2.0], seeds=1, systems="vllm,sarathi-serve")
+    todo = asked(scenario, rates_per_s=(1.0, 2.0), systems="vllm,sarathi-serve")[:3]
     counted: list[int] = []
-    here = run_points(todo[:3], Here(), lambda: counted.append(1))
+    here = run_points(todo, Here(), lambda: counted.append(1))
     assert len(counted) == 3
     with ThreadPoolExecutor(2) as threads:
-        assert run_points(todo[:3], threads) == here
+        assert run_points(todo, threads) == here
     with process_pool(2) as processes:
-        assert run_points(todo[:3], processes) == here
+        assert run_points(todo, processes) == here
 
 
-def test_points_without_a_plan_are_left_out_and_named(scenario: Path) -> None:
-    impossible = Scenario.load(scenario, ["slo.tpot_s=1e-6"])
-    todo = points(impossible, rates_per_s=[1.0, 2.0], seeds=1, systems="melange,vllm")
-    rows, no_plan = run_points(todo, Here())
-    assert [(row["system"], row["rate_per_s"]) for row in rows] == [("vllm", 1.0), ("vllm", 2.0)]
-    assert list(no_plan) == ["melange at 1/s", "melange at 2/s"]
-    with pytest.raises(InfeasibleError, match=r"within slo\.tpot_s 1e-06"):
-        run_points(todo[:2], Here())
+def asked(scenario: Path, overrides: tuple[str, ...] = (), **more: Any) -> list[Point]:
+    return points(Asked(scenario=Scenario.load(scenario, overrides), **more))
 
 
-def test_the_first_error_stops_the_sweep(scenario: Path) -> None:
-    todo = points(Scenario.load(scenario, ["model=llama-2-70b"]), rates_per_s=[1.0], seeds=3, systems="vllm")
-    counted: list[int] = []
-    with pytest.raises(ConfigError, match="does not fit"):
-        run_points(todo, Here(), lambda: counted.append(1))
-    assert not counted
+def test_points_without_a_plan_have_a_row_that_says_so(scenario: Path) -> None:
+    todo = asked(scenario, ("slo.tpot_s=1e-6",), rates_per_s=(1.0,), systems="melange,vllm")
+    first, second = run_points(todo, Jobs(local(1)))
+    assert "within slo.tpot_s 1e-06" in first["failure"]
+    assert (second["failure"], second["completed"]) == (None, 8)
+
+
+def test_a_point_that_fails_leaves_the_others(scenario: Path) -> None:
+    changes: tuple[dict[str, Any], ...] = ({"model": "llama-2-70b"}, {"model": "llama-3.1-8b"})
+    rows = run_points(asked(scenario, rates_per_s=(1.0,), changes=changes), Jobs(local(1)))
+    assert "does not fit" in rows[0]["failure"]
+    assert rows[1]["failure"] is None
+    table = frame(rows)
+    assert table["model"].tolist() == ["llama-2-70b", "llama-3.1-8b"]
+    assert table.columns[-1] == "failure"
+
+
+@pytest.mark.parametrize(("rates", "seeds"), [([1.0], 0), ([0.0], 1), ([-2.0], 1), ([math.inf], 1), ([math.nan], 1)])
+def test_mistakes(scenario: Path, rates: list[float], seeds: int) -> None:
+    with pytest.raises(ConfigError, match=r"--rates|--seeds"):
+        asked(scenario, rates_per_s=tuple(rates), seeds=seeds)
+
+
+# ---------------------------------------------------------------- any field
+
+
+def test_any_field_is_varied(scenario: Path) -> None:
+    changes = tuple(changes_of(grid_of(["system.engine.max_num_seqs=1,8", "cluster.nodes[0].count=1,2"]), None))
+    rows = frame(run_points(asked(scenario, changes=changes), Here()))
+    keys = rows[["system.engine.max_num_seqs", "cluster.nodes[0].count", "gpus"]].to_numpy().tolist()
+    assert keys == [[1, 1, 1], [1, 2, 2], [8, 1, 1], [8, 2, 2]]
+    assert (rows["rate_per_s"] > 0).all()  # the scenario's own arrivals
+    names = labelled(rows, ["system.engine.max_num_seqs", "cluster.nodes[0].count"])["system"].tolist()
+    assert names[:2] == ["vllm, max_num_seqs=1, count=1", "vllm, max_num_seqs=1, count=2"]
+    with pytest.raises(ConfigError, match="max_num_seq"):
+        asked(scenario, changes=({"system.engine.max_num_seq": 4},))
+
+
+def test_a_study_file_has_grids_lists_and_samples(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("""
+grid: {system.tp: [1, 2], seed: [3]}
+list: [{workload.rate: 2.5}]
+random: {samples: 3, seed: 1, fields: {a: {uniform: [1, 2]}, b: {log_uniform: [1, 100]}, c: {integers: [1, 2]},
+         d: {choice: [x, y]}}}
+""")
+    points = read_study(file)
+    assert points[:3] == [{"system.tp": 1, "seed": 3}, {"system.tp": 2, "seed": 3}, {"workload.rate": 2.5}]
+    for point in points[3:]:
+        assert 1 <= point["a"] <= 2
+        assert 1 <= point["b"] <= 100
+        assert point["c"] in (1, 2)
+        assert point["d"] in ("x", "y")
+    assert read_study(file) == points
+    assert len(changes_of({"seed": [1, 2]}, file)) == 12
 
 
 @pytest.mark.parametrize(
-    ("rates", "seeds"), [([], 1), ([1.0], 0), ([0.0], 1), ([-2.0], 1), ([math.inf], 1), ([math.nan], 1)]
+    ("text", "complaint"),
+    [
+        ("[1]", "a study is a mapping"),
+        ("grids: {a: [1]}", "'grids' is unknown"),
+        ("grid: {a: 1}", "is not a list of values"),
+        ("list: []", "list of mappings"),
+        ("random: {samples: 0, fields: {a: {choice: [1]}}}", "samples"),
+        ("random: {samples: 2, fields: {a: {uniform: [2, 1]}}}", "uniform"),
+        ("random: {samples: 2, fields: {a: {normal: [0, 1]}}}", "normal"),
+        ("random: {samples: 2, fields: {a: {log_uniform: [0, 1]}}}", "log_uniform"),
+    ],
 )
-def test_mistakes(scenario: Path, rates: list[float], seeds: int) -> None:
-    with pytest.raises(ConfigError, match="--rates"):
-        points(Scenario.load(scenario), rates_per_s=rates, seeds=seeds)
+def test_mistakes_in_a_study_file(tmp_path: Path, text: str, complaint: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=complaint):
+        read_study(file)
+
+
+@pytest.mark.parametrize("text", ["a", "a=", "=1,2", "a=[1"])
+def test_mistakes_in_a_grid(text: str) -> None:
+    with pytest.raises(ConfigError, match="--grid"):
+        grid_of([text])
 
 
 # ---------------------------------------------------------------- over the seeds
@@ -109,7 +172,14 @@ def test_a_confidence_interval_by_hand() -> None:
 def rows(*attainments: tuple[str, float, float], usd_per_hour: float | None = 36.0) -> pd.DataFrame:
     return pd.DataFrame(
         [
-            {"system": system, "rate_per_s": rate, "seed": n, "attainment": share, "cluster_usd_per_hour": usd_per_hour}
+            {
+                "system": system,
+                "rate_per_s": rate,
+                "seed": n,
+                "attainment": share,
+                "cluster_usd_per_hour": usd_per_hour,
+                "gpus": 4,
+            }
             for n, (system, rate, share) in enumerate(attainments)
         ]
     )
@@ -128,11 +198,11 @@ def test_means_over_the_seeds() -> None:
 
 def test_the_highest_rate_that_reaches_the_target() -> None:
     table = rows(("a", 1.0, 1.0), ("a", 2.0, 0.8), ("a", 2.0, 1.0), ("a", 4.0, 0.5), ("b", 1.0, 0.89))
-    a, b = best_rates(table, target=0.9, gpus=4)
+    a, b = best_rates(table, target=0.9)
     assert (a["rate_per_s"], a["rate_per_s_per_gpu"]) == (2.0, 0.5)
     assert a["requests_per_usd"] == pytest.approx(2 * 3600 / 36)
     assert (b["rate_per_s"], b["rate_per_s_per_gpu"], b["requests_per_usd"]) == (None, None, None)
-    (free,) = best_rates(rows(("a", 1.0, 1.0), usd_per_hour=None), target=0.9, gpus=1)
+    (free,) = best_rates(rows(("a", 1.0, 1.0), usd_per_hour=None), target=0.9)
     assert free["rate_per_s"] == 1.0
     assert free["requests_per_usd"] is None
 

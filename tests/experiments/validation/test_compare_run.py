@@ -234,8 +234,8 @@ def test_a_report_of_several_benchmarks(scenario: Path, capsys: pytest.CaptureFi
             {"benchmarks": [{"requests": {"successful": [guidellm_request(1, 5, 5, -1, 5)]}}]},
             "time_to_first_token_ms: -1",
         ),
-        ({"duration": "x"}, "duration: 'x' must be"),
-        ({}, "duration: missing"),
+        ({"duration": "x", "ttfts": []}, "duration: 'x' must be"),
+        ({}, "not a result that is known"),
         ({"duration": 1, "mean_ttft_ms": "soon"}, "mean_ttft_ms: 'soon' must be a number"),
         ({**BY_HAND, "ttfts": [1]}, "entries"),
     ],
@@ -265,3 +265,19 @@ def test_reading_what_was_written_pairs_with_itself(scenario: Path) -> None:
     comparison = compare(measured, again)
     assert comparison.requests is not None
     assert comparison.beyond(1e-9) == []
+
+
+def test_a_tolerance_that_judged_no_latency_fails(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"duration": 5.0, "completed": 40, "request_throughput": 8.0, "mean_ttft_ms": None, "median_ttft_ms": None}
+    assert call("compare-run", "run", written(fields), "--tolerance", 1000) == 1
+    assert "no latency was compared" in capsys.readouterr().err
+
+
+def test_a_result_of_another_model_is_told(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = {**BY_HAND, "model_id": "zai-org/GLM-5"}
+    assert call("compare-run", scenario, written(other)) == 0
+    assert "the result is of model 'zai-org/GLM-5', the scenario of 'llama-2-7b'" in capsys.readouterr().err
+    larger = written({**BY_HAND, "model_id": "meta-llama/Llama-2-70b-hf"})
+    assert call("compare-run", scenario, larger) == 2
+    assert call("compare-run", "run", larger) == 2
+    assert call("compare-run", scenario, larger, "--despite") == 0
