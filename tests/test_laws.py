@@ -295,7 +295,7 @@ def test_every_system_is_under_the_law() -> None:
 
 @st.composite
 def traffic(draw: st.DrawFn) -> list[Request]:
-    """Bursts on a coarse grid (ties), short and long prompts, some of several samples; some traces have prefix hashes."""
+    """Bursts on a coarse grid (ties), short and long prompts, some of several samples, half the traces with hashes."""
     count = draw(st.integers(1, 40))
     gap = draw(st.sampled_from([0.0, 0.0037, 0.01, 0.05, 0.3]))
     hashed = draw(st.booleans())

@@ -66,7 +66,7 @@ def test_without_prefix_caching_all_is_computed_again() -> None:
 
 
 def test_a_prompt_preempted_between_its_chunks_goes_on_where_it_was() -> None:
-    """64 tokens a batch, nine blocks, seven of them the first's: the second has computed 18 tokens when they are out."""
+    """64 tokens a batch, nine blocks, seven of them the first's: the second has computed 18 tokens when they end."""
     result, fills = fills_of(
         [request(0, 0.0, 110, 8), request(1, 0.0, 60, 1)], max_num_batched_tokens=64, num_kv_blocks=9
     )
