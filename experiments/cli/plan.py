@@ -80,7 +80,7 @@ def plan(
         if budget is not None:
             found = _bought(experiment, budget, machines, seconds, top, quiet, log)
         else:
-            found = _planned(experiment, seconds, from_, lost, full, quiet, log)
+            found = _planned(experiment, seconds, top, from_, lost, full, quiet, log)
         best = _judged(found.options[:top], requests, goodput, quiet, by_price=budget is not None)
     except InfeasibleError as error:
         _fail(f"{scenario}: {error}")
@@ -110,16 +110,21 @@ def _check(
 
 
 def _planned(
-    experiment: Scenario, seconds: float | None, from_: Path | None, lost: str | None, full: bool, quiet: bool, log: Any
-) -> Found:
-    from experiments.planning.plan import found, reloaded, replanned
+    experiment: Scenario, seconds: float | None, top: int, from_: Path | None, lost: str | None, full: bool,
+    quiet: bool, log: Any,
+) -> Found:  # fmt: skip
+    from experiments.planning.plan import climbed, climbs, found, reloaded, replanned, search_seconds
     from experiments.scenario.planfile import read_plan
     from experiments.scenario.resolve import resolve
 
     setup = resolve(experiment)
     if from_ is None:
-        with _bar("planning", quiet) as progress:
-            return found(setup, seconds=seconds, progress=progress)
+        with _bar("searching", quiet) as progress:
+            offers = found(setup, seconds=search_seconds(setup, seconds), progress=progress)
+        if not climbs(setup):
+            return offers
+        with _bar("trials in the engine, requests/s", quiet) as progress:
+            return climbed(setup, offers, top=top, seconds=seconds, progress=progress)
     names = [name.strip() for name in (lost or "").split(",") if name.strip()]
     again = replanned(setup, from_, names, full=full, seconds=seconds)
     loading = reloaded(read_plan(from_, setup.problem), again.options[0].plan)
@@ -149,7 +154,8 @@ def _judged(options: Sequence[Option], requests: int, goodput: bool, quiet: bool
     with _bar("simulating", quiet) as progress:
         for option in options:
             one = tried(option, requests)
-            judged.append(rated(one, Settings(seeds=1, tolerance=TOLERANCE)) if goodput else one)
+            known = one.goodput_per_s is not None or not goodput
+            judged.append(one if known else rated(one, Settings(seeds=1, tolerance=TOLERANCE)))
             progress(len(judged), max(other.simulated or 0.0 for other in judged))
     return ranked(judged, by_price=by_price)
 
@@ -175,17 +181,20 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, float], None]]:
 
 
 def _report(best: list[Option], found: Found, title: str, out: Path | None, json_: bool, log: Any) -> None:
-    from experiments.planning.plan import save_plans, shortfall
+    from experiments.planning.plan import shortfall
+    from experiments.planning.saved import save_plans
+    from experiments.planning.told import told, told_json
 
     if out is not None:
-        save_plans(out, title, best, found.log)
+        save_plans(out, title, best, found)
         log.say(
             f"plans and drawings are in {out} (start with cluster.png; phasewise run ... --plan {out / 'plan.yaml'})"
         )
     if json_:
-        notes = {"notes": list(found.notes)} if found.notes else {}
-        print(json.dumps({"plans": [option.row() for option in best], **notes}, indent=2, allow_nan=False))
+        print(json.dumps(told_json(best, found), indent=2, allow_nan=False))
     else:
+        for line in told(best[0], found):
+            print(line)
         _print(best, title)
         for note in found.notes:
             print(note)
@@ -202,7 +211,7 @@ def _print(best: list[Option], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from experiments.planning.plan import file_names
+    from experiments.planning.saved import file_names
 
     rated = any(option.goodput_per_s is not None for option in best)
     table = Table(
@@ -227,7 +236,9 @@ def _print(best: list[Option], title: str) -> None:
         gpus = ", ".join(f"{count} {kind}" for kind, count in row["gpus"].items())
         idle = f" ({row['idle_gpus']} of the cluster idle)" if row["idle_gpus"] else ""
         binds = "" if row["bottleneck"] is None else f"; bottleneck: {row['bottleneck']}"
-        notes.append(f"{name.removesuffix('.yaml')}: {gpus}{idle}{binds}")
+        source = "" if option.label is None else f"; found by: {option.label}"
+        under = "" if option.setup.system.name == best[0].setup.system.name else f" under {option.setup.system.name}"
+        notes.append(f"{name.removesuffix('.yaml')}: {gpus}{idle}{under}{binds}{source}")
     console.print(table)
     console.print("\n".join(notes), highlight=False, markup=False, soft_wrap=True)
 

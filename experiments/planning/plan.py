@@ -1,13 +1,13 @@
 """``phasewise plan``: candidates of a system's planner, tried in the engine, ranked and written.
 
 ``found`` asks the planner, ``replanned`` after a loss, ``budget.py`` on GPUs it may choose. ``tried`` runs a candidate
-on a short trace, ``ranked`` orders them, ``save_plans`` writes the lot. ``InfeasibleError`` says what is missing.
+on a short trace, ``ranked`` orders them, ``saved.py`` writes the lot. ``InfeasibleError`` says what is missing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -18,8 +18,9 @@ import numpy as np
 
 from experiments.jobs.workers import Here
 from experiments.planning import goodput
+from experiments.planning.climb import climb
+from experiments.planning.race import Contender
 from experiments.runs.comparison import Given, variants
-from experiments.runs.rundir import MARK, environment, whole_folder, write_json
 from experiments.scenario.file import Scenario, load
 from experiments.scenario.planfile import plan_yaml, read_plan
 from experiments.scenario.requests import RequestStream
@@ -29,11 +30,16 @@ from sim.engine import simulate
 from sim.metrics import attainment, cost
 from sim.planners.hexgen2 import HexGen2
 from sim.planners.thunderserve import Candidate, LogRow, TabuSearch
+from sim.planners.thunderserve.capacity import Bound
 from sim.policy import Problem
 from sim.types import ConfigError, InfeasibleError, Plan, Stage, Work
 
 Progress = Callable[[int, float], None]
 """Gets the step and the best value so far."""
+SEARCH_SHARE = 0.25
+"""Of ``seconds``, for the planner's own search; the rest is for trials in the engine."""
+PATIENCE = 15
+"""Steps without gain after which that search ends, where trials in the engine follow."""
 TOLERANCE = 0.05
 """Share of the rate to which a candidate's goodput is found."""
 
@@ -48,6 +54,9 @@ class Option:
     simulated: float | None = None
     usd_per_million_tokens: float | None = None
     goodput_per_s: float | None = None
+    label: str | None = None
+    """Where it comes from, if several ways were tried."""
+    binds: str | None = None
 
     @property
     def gpus(self) -> tuple[str, ...]:
@@ -78,10 +87,16 @@ class Option:
         roles = Counter(replica.role for replica in self.plan.replicas)
         return " + ".join(f"{roles[role]} {role}" for role in ("prefill", "decode", "mixed") if roles[role])
 
+    @property
+    def loss_share(self) -> float | None:
+        """The largest part of the plan's GPUs that one GPU's loss takes with it."""
+        return max((len(one.gpus) for one in self.plan.replicas), default=0) / len(self.gpus) if self.gpus else None
+
     def row(self) -> dict[str, Any]:
         """What is printed and written of it."""
         cluster, predicted = self.setup.problem.cluster, self.predicted
         return {
+            "system": self.setup.system.name,
             "replicas": self.layout,
             "gpus": dict(Counter(cluster.gpu(gpu).name for gpu in self.gpus)),
             "idle_gpus": len(cluster.gpu_ids) - len(self.gpus),
@@ -92,7 +107,9 @@ class Option:
             "usd_per_hour": self.usd_per_hour,
             "usd_per_million_tokens": self.usd_per_million_tokens,
             "requests_per_usd": self.requests_per_usd,
-            "bottleneck": None if predicted is None else predicted.bottleneck,
+            "bottleneck": self.binds if predicted is None else predicted.bottleneck,
+            "loss_share": self.loss_share,
+            "found_by": self.label,
         }
 
 
@@ -104,6 +121,9 @@ class Found:
     options: tuple[Option, ...]
     log: tuple[LogRow, ...] = ()
     notes: tuple[str, ...] = ()
+    bound: Bound | None = None
+    baselines: tuple[Option, ...] = ()
+    cheapest: Option | None = None
 
 
 def plan(
@@ -121,8 +141,11 @@ def plan(
     candidates are simulated, on so many ``requests``. ``with_goodput`` also finds the highest rate of each, which takes
     a dozen simulations. ``InfeasibleError`` says what is missing.
     """
-    offered = found(resolve(under(load(scenario), system)), seconds=seconds).options[:top]
-    judged = [tried(option, requests) for option in offered]
+    setup = resolve(under(load(scenario), system))
+    offers = found(setup, seconds=search_seconds(setup, seconds))
+    if climbs(setup):
+        return ranked([tried(option, requests) for option in climbed(setup, offers, top=top, seconds=seconds).options])
+    judged = [tried(option, requests) for option in offers.options[:top]]
     if with_goodput:
         judged = [rated(option, goodput.Settings(seeds=1, tolerance=TOLERANCE)) for option in judged]
     return ranked(judged)
@@ -153,12 +176,59 @@ def found(setup: Setup, *, seconds: float | None = None, progress: Progress | No
     planner = setup.system.planner
     if seconds is not None:
         planner = timed(setup, seconds)
+    if isinstance(planner, TabuSearch) and climbs(setup):
+        planner = replace(planner, patience=min(planner.patience, PATIENCE))
     if not isinstance(planner, TabuSearch | HexGen2):
         only = Option(setup=setup, plan=planner.plan(problem))
         return Found(options=(only,), notes=tuple(planner.explain(problem)) if isinstance(planner, Explains) else ())
     search = planner.search(problem, progress=progress)
     options = tuple(Option(setup=setup, plan=one.plan, predicted=one) for one in search.candidates if one.served)
     return Found(options=options, log=search.log)
+
+
+def climbs(setup: Setup) -> bool:
+    """Whether the most that is carried is looked for in the engine: the rate may vary, and the SLO bounds something."""
+    slo, workload = setup.problem.slo, setup.scenario.workload
+    bounded = (slo.ttft_s, slo.tpot_s, slo.e2e_s) != (None, None, None) and not slo.classes
+    open_loop = workload.closed_loop is None and workload.sessions is None
+    return isinstance(setup.system.planner, TabuSearch) and bounded and open_loop
+
+
+def search_seconds(setup: Setup, seconds: float | None) -> float | None:
+    """Of the whole time, for the planner's own search: the rest is for trials in the engine."""
+    return seconds if seconds is None or not climbs(setup) else SEARCH_SHARE * seconds
+
+
+def climbed(
+    setup: Setup, offers: Found, *, top: int, seconds: float | None = None, progress: Progress = lambda step, best: None
+) -> Found:
+    """From what a search offers to what carries most, with the bound, colocated vLLM and the least rent beside it.
+
+    ``seconds``: of the search and this together.
+    """
+    left_s = None if seconds is None else (1 - SEARCH_SHARE) * seconds
+    ascent = climb(setup, [one.plan for one in offers.options], top=top, seconds=left_s, progress=progress)
+    if not ascent.contenders:
+        return offers
+    options = tuple(_option(one) for one in ascent.contenders)
+    return replace(
+        offers,
+        options=options,
+        bound=ascent.bound,
+        baselines=tuple(_option(one) for one in ascent.baselines),
+        cheapest=None if ascent.cheapest is None else _option(ascent.cheapest),
+    )
+
+
+def _option(one: Contender) -> Option:
+    setup, planner = one.setup, one.setup.system.planner
+    predicted = None
+    if isinstance(planner, TabuSearch):
+        predicted = planner.predicted(replace(setup.problem, limits=setup.system.limits), one.plan)
+    return Option(
+        setup=setup, plan=one.plan, predicted=predicted, goodput_per_s=one.goodput_per_s, label=one.label,
+        binds=one.binds,
+    )  # fmt: skip
 
 
 def timed(setup: Setup, seconds: float) -> TabuSearch:
@@ -314,6 +384,13 @@ def shortfall(option: Option) -> str | None:
     if share is None or share >= target:
         return None
     what = f"slo.attainment is {target:g}; the best plan reaches {share:.3f} in the simulation"
+    if option.binds is not None:
+        rate, asked = option.goodput_per_s, option.setup.problem.workload.rate_per_s
+        carried = "nothing" if rate is None else f"{rate:.4g}"
+        return (
+            f"{what} and carries {carried} of the {asked:.4g} requests/s, held back by {option.binds}; it takes more "
+            "of that, a lower rate or a looser slo"
+        )
     if predicted is None:
         return f"{what}; it takes a lower rate, a looser slo or more GPUs"
     if predicted.served < 1:
@@ -322,37 +399,3 @@ def shortfall(option: Option) -> str | None:
             f"{predicted.bottleneck}; it takes more of that, or a lower rate"
         )
     return f"{what} and is predicted to serve the whole rate; it takes a looser slo, a lower rate or faster GPUs"
-
-
-# ---------------------------------------------------------------- files
-
-
-def save_plans(folder: Path, title: str, options: Sequence[Option], log: Sequence[LogRow]) -> None:
-    """Write plan.yaml (the best), plan2.yaml ..., candidates.csv, the search and the cluster drawn, the scenario."""
-    import pandas as pd
-
-    from experiments.plots.plan import cluster_drawing, search_curve
-    from experiments.plots.style import save
-
-    best = options[0]
-    with whole_folder(folder) as new:
-        rows = []
-        for name, option in zip(file_names(), options, strict=False):
-            new.joinpath(name).write_text(plan_yaml(option.plan), encoding="utf-8")
-            rows.append({"file": name, **option.row()})
-        pd.DataFrame(rows).to_csv(new / "candidates.csv", index=False, lineterminator="\n")
-        if log:
-            save(search_curve(log), new, "search")
-        save(cluster_drawing(best.setup.problem.cluster, best.plan), new, "cluster")
-        scenario = best.setup.scenario.model_copy(update={"plan": None})
-        new.joinpath("scenario.yaml").write_text(scenario.to_yaml(), encoding="utf-8")
-        write_json(new / "environment.json", environment())
-        write_json(new / MARK, {"name": title, "plans": rows})
-
-
-def file_names() -> Iterator[str]:
-    yield "plan.yaml"
-    number = 2
-    while True:
-        yield f"plan{number}.yaml"
-        number += 1

@@ -363,11 +363,9 @@ class Engine:
             del replica.running[job]
             self.moves.leave(replica, job)
         else:
-            replica.idle_cohort().join(job)
+            replica.join(job)
 
     def _complete(self, replica: ReplicaState, job: Job, now_ps: int) -> None:
-        if job.hashes and job.samples == 1:
-            replica.publish(job, job.computed_tokens)  # the answer too: a next turn may begin with it
         if replica.veil.down:
             replica.veil.ended.append(job)
         else:

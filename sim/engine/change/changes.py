@@ -328,6 +328,8 @@ class Changes:
         if not replica.flights and not any(True for _ in replica.jobs()):
             self.engine.put_away(replica)
             self.note("drained", replica.name)
+            for job in self._orphans():  # whose KV was still on its way to it
+                self.engine.clock.at(self.engine.clock.now_ps + 1, self.target_gone, job)
             self.loading.start()
 
     def _come_up(self, spec: Replica) -> None:

@@ -10,6 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isqrt
+from operator import itemgetter
 
 from sim.cluster import Path
 from sim.cost import StageCost
@@ -117,6 +118,7 @@ class ReplicaState:
         self.prefilling: OrderedDict[Job, None] = OrderedDict()
         self.swapped: OrderedDict[Job, None] = OrderedDict()
         self.paused: OrderedDict[Job, None] = OrderedDict()
+        self.publishing: dict[Job, None] = {}  # decoding, with hashes for blocks that are not full yet
         self.departing: OrderedDict[Job, None] = OrderedDict()  # prefilled here, KV not fetched yet
         self.inbox: deque[Delivery] = deque()  # waiting for room here
         self.arriving: OrderedDict[Job, None] = OrderedDict()  # room taken here, KV on its way
@@ -237,9 +239,41 @@ class ReplicaState:
                 job.blocks -= 1
         job.published = max(job.published, full)
 
-    def release(self, job: Job) -> None:
-        """Give the job's blocks back."""
-        self.ledger.give(job.blocks + job.copied_blocks, job.shared)
+    def join(self, job: Job) -> None:
+        """The job decodes from the next batch on."""
+        self.idle_cohort().join(job)
+        if job.published < len(job.hashes) and job.samples == 1 and self.ledger.prefix_caching:
+            self.publishing[job] = None
+
+    def _publish_answers(self, cohort: Cohort) -> None:
+        """Blocks with hashes that decodes have filled by now, in the order in which they did."""
+        size, full = self.ledger.block_size, []
+        for job in [job for job in self.publishing if job.cohort is cohort]:
+            blocks = min((job.base + cohort.it) // size, len(job.hashes))
+            full += [((block + 1) * size - job.base, job) for block in range(job.published, blocks)]
+            if blocks == len(job.hashes):
+                del self.publishing[job]
+        for at, job in sorted(full, key=itemgetter(0)):
+            self.publish(job, job.base + at)
+
+    def iterations_to_publish(self, cohort: Cohort) -> int:
+        """Until the next block with a hash is full, of the cohort that runs; at least 1."""
+        size, sooner = self.ledger.block_size, cohort.iterations_to_change()
+        for job in self.publishing:
+            if job.cohort is cohort:
+                sooner = min(sooner, (job.published + 1) * size - job.base - cohort.it)
+        return max(1, sooner)
+
+    def release(self, job: Job, whole_blocks: int = 0) -> None:
+        """Give the job's blocks back; of the first ``whole_blocks`` it may come for those that no hash tells of."""
+        own = whole_blocks - len(job.hashes) if self.ledger.prefix_caching else 0
+        self.publishing.pop(job, None)
+        if own > 0:
+            self.ledger.give(job.blocks + job.copied_blocks - own)
+            job.run = self.ledger.keep(own, job)
+            self.ledger.give(0, job.shared)
+        else:
+            self.ledger.give(job.blocks + job.copied_blocks, job.shared)
         job.blocks = job.copied_blocks = 0
         job.shared = []
 
@@ -277,18 +311,29 @@ class ReplicaState:
 
     def progress(self, flight: Flight, done: int, *, started: bool) -> None:
         """Bring the state to ``done`` completed iterations; ``started``: the next one holds its blocks."""
-        steps = done - flight.done
+        cohort, steps = flight.cohort, done - flight.done
+        while cohort is not None and cohort.size and self.publishing and steps:
+            few = min(steps, self.iterations_to_publish(cohort))
+            self._advance(flight, few, few - 1)  # the iteration under way has its blocks already
+            self._publish_answers(cohort)  # before the next one takes any, which may evict what it would find
+            steps -= few
+            if steps or started:
+                self._advance(flight, 0, 1)
+        if steps:
+            self._advance(flight, steps, steps if started else steps - 1)
+        flight.done = done
+
+    def _advance(self, flight: Flight, steps: int, charged: int) -> None:
+        """So many iterations on, with the blocks of ``charged`` ones: those after the one under way."""
         cohort = flight.cohort
-        charged = steps if started else steps - 1  # the iteration under way has its blocks already
         if cohort is not None and cohort.size:
             if charged:
-                self.ledger.take(cohort.growth(charged, skip=1))
+                self.ledger.take(cohort.growth(charged, skip=steps > 0))
             cohort.advance(steps)
         for job, tokens in flight.chunks:
             if charged:
-                self.hold(job, job.computed_tokens + tokens * (charged + 1))
+                self.hold(job, job.computed_tokens + tokens * (charged + (steps > 0)))
             self.computed(job, tokens * steps)
-        flight.done = done
 
     def hold(self, job: Job, tokens: int) -> None:
         """Take the blocks that so many tokens of the job need beyond those it has."""

@@ -111,6 +111,12 @@ def two_even(cluster: Cluster, free: Counts) -> list[Counts]:
     return [tuple(half) for half in halves]
 
 
+def halves(free: Counts) -> list[Counts]:
+    """Both phases on every machine: half of its GPUs each, so that KV need not leave it."""
+    half = tuple((count + place % 2) // 2 for place, count in enumerate(free))
+    return [half, minus(free, half)]
+
+
 def by_intensity(cluster: Cluster, parts: Sequence[Counts], dtype: str) -> list[Counts]:
     """The groups with the most FLOP/s per byte/s of memory bandwidth first: they suit prefill."""
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sim.planners.thunderserve.balance import Resource, balanced
 from sim.planners.thunderserve.parallel import Layouts, link
 from sim.planners.thunderserve.replay import Floats, Server, attainment
 from sim.transfers import Quantized
@@ -82,7 +83,8 @@ class Routing:
     """Shares of all requests by (prefill, decode) group, what they achieve, and what holds them back.
 
     ``served``: the part of the requests within every capacity; below 1 queues grow and ``attainment`` is that of
-    a replay that sees them grow. ``headroom``: how many times the rate both phases could compute.
+    a replay that sees them grow. ``headroom``: how many times the rate could flow by the LP, links
+    included; ``binds``: what is full first.
     """
 
     shares: Floats
@@ -131,6 +133,12 @@ class Links:
             self._known[key] = link(self._layouts.problem, source, target)
         return self._known[key]
 
+    def of(self, a: Sequence[Stage], b: Sequence[Stage]) -> tuple[float, float, tuple[tuple[str, float], ...]]:
+        """The same between replicas that have their GPUs."""
+        source = tuple(gpu for stage in a for gpu in stage.gpus)
+        target = tuple(gpu for stage in b for gpu in stage.gpus)
+        return link(self._layouts.problem, source, target)
+
     def _from_the_end(self, stage: Stage) -> list[str]:
         """Groups are laid out on a machine's first GPUs; the other end of a link takes its last ones."""
         ids = self._layouts.cluster.node(stage.gpus[0]).gpu_ids
@@ -143,6 +151,19 @@ class Ways(NamedTuple):
     latency_s: Floats
     bytes_per_s: Floats
     shared: tuple[Row, ...]
+
+
+class Headroom(NamedTuple):
+    """Times the rate, and the stage, link or memory that is full at that."""
+
+    headroom: float
+    binds: str
+
+
+def _only(values: Floats, i: int, j: int) -> Floats:
+    kept: Floats = np.zeros_like(values)
+    kept[i, j] = values[i, j]
+    return kept
 
 
 class Orchestrator:
@@ -161,7 +182,7 @@ class Orchestrator:
         if not rate.any():
             return NOTHING
         mu, nu = self.capacities(prefills), self.capacities(decodes)
-        headroom = float(min(mu.sum(), nu.sum()))
+        most = self.headroom(prefills, decodes, ways)
         best = NOTHING
         for mu_load, nu_load in zip(loads(1 / float(mu.sum())), loads(1 / float(nu.sum())), strict=True):
             caps = mu_load * mu, nu_load * nu
@@ -171,12 +192,30 @@ class Orchestrator:
             served = float(flow.shares.sum())
             if served <= 0:
                 continue
-            binds = bottleneck(flow, prefills, decodes)
-            found = self.predict(prefills, decodes, ways, flow.shares / served, min(1.0, served), headroom, binds)
+            found = self.predict(
+                prefills, decodes, ways, flow.shares / served, min(1.0, served), most.headroom, most.binds
+            )
             best = max(best, found, key=lambda routing: routing.rank)
             if best.attainment >= self.layouts.sample.fitting_share - 1e-9:
                 break
         return best
+
+    def headroom(self, prefills: Sequence[Server], decodes: Sequence[Server], ways: Ways) -> Headroom:
+        """How many times the rate could flow, links included, and what would be full then."""
+        linked = ways.bytes_per_s > 0
+        own = np.divide(1.0, self.pair_caps(ways), out=np.zeros(linked.shape), where=linked)
+        rows = [Resource(name=row.name, usage=row.usage / row.capacity) for row in ways.shared]
+        rows += [
+            Resource(name=f"prefill{i} > decode{j}", usage=_only(own, i, j)) for i, j in np.argwhere(linked).tolist()
+        ]
+        found = balanced(self.capacities(prefills), self.capacities(decodes), np.zeros(0), linked, rows)
+        if found is None:
+            return Headroom(0.0, "link")
+        side, _, place = found.binds.partition(" ")
+        if side not in ("prefill", "decode") or not place.isdecimal():
+            return Headroom(found.headroom, f"link {found.binds}")
+        server = (prefills if side == "prefill" else decodes)[int(place)]
+        return Headroom(found.headroom, server.weakest.format(name=f"{side}{place}"))
 
     def predict(
         self, prefills: Sequence[Server], decodes: Sequence[Server], ways: Ways, shares: Floats,
@@ -243,16 +282,3 @@ def loads(least: float) -> list[float]:
     """Shares of every group's capacity at which the LP is solved: just enough for the rate, halfway, and all."""
     enough = min(1.0, 1.05 * least)
     return [enough, (1 + enough) / 2, 1.0][:ROUNDS]
-
-
-def bottleneck(flow: Flow, prefills: Sequence[Server], decodes: Sequence[Server]) -> str:
-    """Which stage, link or memory binds, by the LP's dual prices; "nothing" if only the traffic itself does."""
-    capacities = {name: price for name, price in flow.prices.items() if name != "traffic"}
-    name = max(capacities, key=lambda key: capacities[key])
-    if capacities[name] <= 1e-6 or flow.shares.sum() > 1 - 1e-6:
-        return "nothing: every request is served"
-    side, _, place = name.partition(" ")
-    if side not in ("prefill", "decode"):
-        return f"link {name}"
-    server = (prefills if side == "prefill" else decodes)[int(place)]
-    return server.weakest.format(name=f"{side}{place}")

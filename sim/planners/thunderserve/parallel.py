@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise, product
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from sim.cost import StageCost
 from sim.memory import kv_blocks, kv_bytes_available
 from sim.planners.thunderserve.groups import Counts, Group
-from sim.planners.thunderserve.replay import Decoder, Prefiller, Sample, Server
+from sim.planners.thunderserve.replay import Decoder, Prefiller, Sample, Server, safe_load
 from sim.policy import Problem
 from sim.types import PS_PER_S, ConfigError, Replica, Role, Stage, Work
 
@@ -68,13 +69,22 @@ class Layouts:
     def _lay_out(self, group: Group) -> Server | None:
         if not self._enough_memory(group.counts):
             return None
-        best: tuple[float, tuple[Stage, ...]] | None = None
-        for parts in _options(group.counts):
-            for stages in self._splits(parts, group.role):
-                value = self._quick(stages, group.role)
-                if best is None or value < best[0]:
-                    best = (value, stages)
-        return None if best is None else self.server(best[1], group.role)
+        able = [stages for parts in _options(group.counts) for stages in self.splits(parts, group.role)]
+        if not able:
+            return None
+        if group.role == "decode":
+            return self.server(min(able, key=self._token_s), group.role)
+        quickest, busiest = min(able, key=self._prompt_s), min(able, key=self._period_s)
+        if quickest == busiest:
+            return self.server(quickest, group.role)
+        return max((self.server(stages, group.role) for stages in (quickest, busiest)), key=self._within)
+
+    def _within(self, server: Server | None) -> float:
+        """Prompts/s within TTFT; of those that never keep it, the lower latency."""
+        if not isinstance(server, Prefiller):
+            return -inf
+        safe = safe_load(server, server.alone_s, self.sample, self.problem.slo)
+        return safe * server.capacity_per_s if safe else -float(server.alone_s.mean())
 
     def _enough_memory(self, counts: Counts) -> bool:
         """Before any configuration: GPU memory against weights and one longest request's KV."""
@@ -83,7 +93,7 @@ class Layouts:
         need = self.model.weight_bytes(0, self.model.num_layers)
         return memory * share >= need + self.sample.longest_tokens * self.model.kv_bytes_per_token()
 
-    def _splits(self, parts: Sequence[Part], role: Role) -> Iterator[tuple[Stage, ...]]:
+    def splits(self, parts: Sequence[Part], role: Role) -> Iterator[tuple[Stage, ...]]:
         """The stages in order, their layers by speed, and for decode also by memory."""
         order = self._order(parts)
         if len(order) > self.model.num_layers:
@@ -168,7 +178,8 @@ class Layouts:
     def _seconds(self, shape: tuple[str, int, int, int], work: Work) -> float:
         return self._bound[shape].line(work).first_ps / PS_PER_S
 
-    def _stage_s(self, stages: Sequence[Stage], work: Work) -> list[float]:
+    def stage_seconds(self, stages: Sequence[Stage], work: Work) -> list[float]:
+        """Of every stage, alone."""
         times = []
         for stage in stages:
             shape = self._shape(stage)
@@ -177,18 +188,24 @@ class Layouts:
             times.append(self._line_s(shape, work))
         return times
 
-    def _hop_s(self, stages: Sequence[Stage], tokens: float) -> float:
+    def hop_seconds(self, stages: Sequence[Stage], tokens: float) -> float:
         """The slowest handover of so many tokens' activations, as the engine has it."""
         size = tokens * self.model.hidden_size * 2
         hops = [self._hop(a.gpus, b.gpus) for a, b in pairwise(stages)]
         return max((latency_s + size / rate if rate else 1e9 for latency_s, rate in hops), default=0.0)
 
-    def _quick(self, stages: tuple[Stage, ...], role: Role) -> float:
-        """Lower is better: seconds of a mean prompt, or seconds per token of a full decode batch."""
-        if role == "prefill":
-            tokens = round(self.sample.mean_input)
-            times = self._stage_s(stages, Work(((tokens, 0),), 0, 0))
-            return sum(times) + (len(times) - 1) * self._hop_s(stages, tokens)
+    def _prompt_s(self, stages: tuple[Stage, ...]) -> float:
+        """Of a mean prompt through all stages."""
+        tokens = round(self.sample.mean_input)
+        times = self.stage_seconds(stages, Work(((tokens, 0),), 0, 0))
+        return sum(times) + (len(times) - 1) * self.hop_seconds(stages, tokens)
+
+    def _period_s(self, stages: tuple[Stage, ...]) -> float:
+        """From one mean prompt to the next."""
+        return max(self.stage_seconds(stages, Work(((round(self.sample.mean_input), 0),), 0, 0)))
+
+    def _token_s(self, stages: tuple[Stage, ...]) -> float:
+        """Per token of a full decode batch."""
         seqs = self._most_seqs(stages)
         return self._step_s(stages, seqs, self.sample.mean_context) / seqs
 
@@ -201,12 +218,16 @@ class Layouts:
     def _step_s(self, stages: tuple[Stage, ...], seqs: int, context: float) -> float:
         """From one token of a sequence to its next, ``seqs`` spread over as many micro-batches as there are stages."""
         batch = -(-seqs // len(stages))
-        times = self._stage_s(stages, Work((), batch, round(batch * context)))
-        through = sum(times) + (len(times) - 1) * self._hop_s(stages, batch)
+        times = self.stage_seconds(stages, Work((), batch, round(batch * context)))
+        through = sum(times) + (len(times) - 1) * self.hop_seconds(stages, batch)
         return max(through, min(seqs, len(times)) * max(times))
 
     def of_replica(self, replica: Replica, role: Role) -> Server | None:
         """A given replica in this phase, its stages and layers as they are."""
+        return self.server(self.on_example(replica), role)
+
+    def on_example(self, replica: Replica) -> tuple[Stage, ...]:
+        """Its stages on the first GPUs of their machines, by which they are priced."""
         order, layers = [], []
         for stage in replica.stages:
             machines = {self.cluster.node(gpu).name for gpu in stage.gpus}
@@ -217,7 +238,7 @@ class Layouts:
                 )
             order.append(Part(self.cluster.nodes.index(self.cluster.node(stage.gpus[0])), stage.tp, 1))
             layers.append(stage.num_layers)
-        return self.server(self._stages(order, layers), role)
+        return self._stages(order, layers)
 
     def server(self, stages: tuple[Stage, ...], role: Role) -> Server | None:
         """What these stages do in this phase; None if they do not hold the model and the longest request."""
@@ -254,8 +275,8 @@ class Layouts:
     def _prefiller(self, stages: tuple[Stage, ...]) -> Prefiller:
         inputs = self.sample.inputs
         knots = np.unique(np.quantile(inputs, np.linspace(0, 1, PROMPT_KNOTS)).astype(int))
-        times = np.array([self._stage_s(stages, Work(((int(tokens), 0),), 0, 0)) for tokens in knots])
-        hops = np.array([self._hop_s(stages, float(tokens)) for tokens in knots])
+        times = np.array([self.stage_seconds(stages, Work(((int(tokens), 0),), 0, 0)) for tokens in knots])
+        hops = np.array([self.hop_seconds(stages, float(tokens)) for tokens in knots])
         slowest = self._slowest(stages, Work(((round(self.sample.mean_input), 0),), 0, 0))
         return Prefiller(
             stages=stages,
@@ -265,7 +286,7 @@ class Layouts:
         ).sized(self.sample)
 
     def _slowest(self, stages: Sequence[Stage], work: Work) -> int:
-        times = self._stage_s(stages, work)
+        times = self.stage_seconds(stages, work)
         return times.index(max(times))
 
     def _tightest(self, stages: Sequence[Stage]) -> int:

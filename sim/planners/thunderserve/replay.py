@@ -25,6 +25,9 @@ REQUESTS = 256
 """Replayed per decode group and load, after as many to warm up."""
 PROMPTS = 2048
 """Replayed per prefill group and load: near saturation fewer tell little of how long the queue is."""
+E2E_SHARE = 0.5
+"""Of the bound on the whole, for the prompt, where TTFT has none."""
+STRATA = 16
 CARRY_STEP_S = 0.05
 LOAD_STEPS = 50
 """Loads are rounded to this part of a group's capacity, so that replays can be remembered."""
@@ -60,7 +63,7 @@ class Sample:
                 f"{longest:.0f} tokens of {problem.model.name}; take another model or shorter requests"
             )
         rng = np.random.default_rng(np.random.SeedSequence(problem.seed).spawn(3)[2])
-        rows = np.resize(rng.permutation(len(fitting)), REQUESTS)
+        rows = _stratified(fitting, rng.permutation(len(fitting)))
         gaps, prompt_gaps = rng.exponential(size=2 * REQUESTS), rng.exponential(size=PROMPTS)
         return cls(
             inputs=fitting[rows, 0],
@@ -88,6 +91,17 @@ class Sample:
         if not steps.sum():
             return self.mean_input
         return float(((self.inputs + self.outputs / 2) * steps).sum() / steps.sum())
+
+
+def _stratified(lengths: NDArray[np.int64], shuffled: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of as many requests as are replayed, in the order of ``shuffled``, whose means are nearly those of all.
+
+    Even steps through all of them, in order of the answer and, among those with answers alike, of the prompt.
+    """
+    by_answer = np.array_split(np.argsort(lengths[:, 1], kind="stable"), STRATA)
+    order = np.concatenate([part[np.argsort(lengths[part, 0], kind="stable")] for part in by_answer])
+    chosen = order[((np.arange(REQUESTS) + 0.5) * len(order) / REQUESTS).astype(np.int64)]
+    return chosen[np.argsort(np.argsort(shuffled)[chosen], kind="stable")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,6 +145,12 @@ class Prefiller(Server):
     def capacity_per_s(self) -> float:
         return self._capacity_per_s
 
+    @property
+    def alone_s(self) -> Floats:
+        """Of each sampled prompt, when nothing else is there."""
+        alone: Floats = self.stage_s.sum(axis=0) + (len(self.stage_s) - 1) * self.hop_s
+        return alone
+
     def sized(self, sample: Sample) -> Prefiller:
         """With the capacity that it has when prompts never stop coming."""
         ends_s = self._starts(np.zeros(PROMPTS), sample)[-1] + self.stage_s.max(axis=0).mean()
@@ -140,8 +160,7 @@ class Prefiller(Server):
         arrival_s = np.cumsum(sample.prompt_gaps) / load_per_s
         wait_s = np.sort(self._starts(arrival_s, sample) - arrival_s)
         places = (np.arange(REQUESTS) * 2 + 1) * PROMPTS // (2 * REQUESTS)
-        alone_s = self.stage_s.sum(axis=0) + (len(self.stage_s) - 1) * self.hop_s
-        waited: Floats = wait_s[places][sample.shuffle] + alone_s
+        waited: Floats = wait_s[places][sample.shuffle] + self.alone_s
         return waited
 
     def _starts(self, arrival_s: Floats, sample: Sample) -> Floats:
@@ -267,3 +286,23 @@ def attainment(ttft_s: Floats, carry_s: Floats, decode_s: Floats, sample: Sample
         good = good & (ttft_s[:, None, :] + later_s <= slo.e2e_s)
     share: Floats = good.mean(axis=2) * sample.fitting_share
     return share
+
+
+def safe_load(server: Server, alone_s: Floats, sample: Sample, slo: Slo) -> float:
+    """The part of its capacity at which a prefill group, its queue its own, keeps TTFT; 0 if not even alone."""
+    bound_s = inf if slo.e2e_s is None else E2E_SHARE * slo.e2e_s
+    bound_s = bound_s if slo.ttft_s is None else min(slo.ttft_s, slo.e2e_s or inf)
+
+    def kept(waited_s: Floats) -> bool:
+        return float((waited_s <= bound_s).mean()) >= slo.attainment
+
+    if not kept(alone_s):
+        return 0.0
+    low, high = 0, LOAD_STEPS
+    while high - low > 1:
+        step = (low + high) // 2
+        if kept(server.latency_at(step * server.capacity_per_s / LOAD_STEPS, sample)):
+            low = step
+        else:
+            high = step
+    return max(1, low) / LOAD_STEPS

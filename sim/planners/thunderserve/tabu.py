@@ -17,6 +17,7 @@ import numpy as np
 
 from sim.planners.thunderserve.groups import PHASES, Grouping, flips, neighbour
 from sim.planners.thunderserve.orchestrate import NOTHING, Routing
+from sim.planners.thunderserve.survey import Survey
 from sim.planners.thunderserve.world import Candidate, Survivors, World
 from sim.policy import Problem
 from sim.transfers import Quantized
@@ -101,7 +102,7 @@ class TabuSearch:
         ``progress`` gets the step and the best attainment. ``InfeasibleError`` says what is missing.
         """
         world = World(problem, self.transfer, without)
-        start = world.start()
+        start = [*world.start(), *self._near_optimal(world, problem, without)]
         rng = np.random.default_rng(np.random.SeedSequence(problem.seed).spawn(4)[3])
 
         def neighbours(grouping: Grouping) -> Iterable[tuple[str, Grouping]]:
@@ -115,6 +116,24 @@ class TabuSearch:
                     return
 
         return self._walk(start, neighbours, world.evaluate, world.candidate, progress)
+
+    def _near_optimal(self, world: World, problem: Problem, without: Collection[str]) -> Iterable[Grouping]:
+        """Groups and phases of the capacity program's layouts, to start from."""
+        survey = Survey(problem, self.transfer, without)
+        placed = (survey.placer.of(shape) for shape in survey.shapes(colocated=False))
+        groupings = [world.of_plan(one.plan) for one in placed if one is not None]
+        return [one for one in dict.fromkeys(groupings) if one is not None and world.feasible(one)]
+
+    def predicted(self, problem: Problem, plan: Plan) -> Candidate | None:
+        """What is expected of a plan with its own shares; None if some of its replicas do both phases."""
+        by_role = {role: [one for one in plan.replicas if one.role == role] for role in PHASES}
+        if len(by_role["prefill"]) + len(by_role["decode"]) < len(plan.replicas) or not plan.shares:
+            return None
+        world = Survivors(problem, self.transfer, plan.replicas)
+        names = {role: [one.name for one in some] for role, some in by_role.items()}
+        shares = np.array([[plan.shares.get((a, b), 0.0) for b in names["decode"]] for a in names["prefill"]])
+        routing = world.expected(tuple(one.role for one in plan.replicas), shares)
+        return None if routing is None else world.candidate(tuple(one.role for one in plan.replicas), routing)
 
     def routed(self, problem: Problem, plan: Plan) -> Candidate:
         """The plan as it is, with shares by the LP. ``InfeasibleError`` without room, a phase or a link."""

@@ -8,10 +8,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sim.planners.thunderserve.groups import Counts, Group, Grouping, agglomerate, by_intensity, canonical, two_even
+from sim.planners.thunderserve.groups import (
+    PHASES,
+    Counts,
+    Group,
+    Grouping,
+    agglomerate,
+    by_intensity,
+    canonical,
+    halves,
+    two_even,
+)
 from sim.planners.thunderserve.orchestrate import NOTHING, Orchestrator, Routing
 from sim.planners.thunderserve.parallel import Layouts
-from sim.planners.thunderserve.replay import Sample, Server
+from sim.planners.thunderserve.replay import Floats, Sample, Server
 from sim.policy import Problem
 from sim.transfers import Quantized
 from sim.types import InfeasibleError, Plan, Replica, Role
@@ -22,8 +32,8 @@ class Candidate:
     """A plan and what the planner predicts of it.
 
     ``attainment``: share of requests that meet the SLO. ``served``: part of the rate that fits all capacities.
-    ``headroom``: how many times the rate both phases could compute. ``pair_scores``: D, by (prefill, decode) replica.
-    ``bottleneck``: the stage, link or memory that binds.
+    ``headroom``: how many times the rate could flow, links included. ``pair_scores``: D, by (prefill, decode) replica.
+    ``bottleneck``: the stage, link or memory that is full first.
     """
 
     plan: Plan
@@ -44,7 +54,8 @@ class World:
         self._free = [[gpu for gpu in node.gpu_ids if gpu not in without] for node in problem.cluster.nodes]
 
     def start(self) -> list[Grouping]:
-        """As many groups as the clustering closes; by FLOP/s per byte/s, the first of them prefill, for any number.
+        """As many groups as the clustering closes; by FLOP/s per byte/s, the first of them prefill, for any number; and
+        both phases on every machine.
 
         ``InfeasibleError`` if there is no room for two copies of the model, or no link between any two groups.
         """
@@ -55,10 +66,25 @@ class World:
         if len(parts) < 2:
             raise InfeasibleError(self.no_room())
         order = self.by_intensity(parts)
-        return [
+        ordered = [
             canonical([Group(part, "prefill" if place < cut else "decode") for place, part in enumerate(order)])
             for cut in range(1, len(order))
         ]
+        beside = canonical(Group(half, role) for half, role in zip(halves(free), PHASES, strict=True))
+        return [*ordered, *([beside] if self.feasible(beside) else [])]
+
+    def of_plan(self, plan: Plan) -> Grouping | None:
+        """Its groups; None if one of them does both phases."""
+        places = {gpu: place for place, node in enumerate(self.problem.cluster.nodes) for gpu in node.gpu_ids}
+        groups = []
+        for replica in plan.replicas:
+            if replica.role == "mixed":
+                return None
+            counts = [0] * len(self.problem.cluster.nodes)
+            for gpu in replica.gpus:
+                counts[places[gpu]] += 1
+            groups.append(Group(tuple(counts), replica.role))
+        return canonical(groups)
 
     def by_intensity(self, parts: Sequence[Counts]) -> list[Counts]:
         """Those that suit prefill first."""
@@ -136,14 +162,28 @@ class Survivors:
         return [tuple("prefill" if place == turn else "decode" for place in range(count)) for turn in range(count)]
 
     def evaluate(self, roles: tuple[Role, ...]) -> Routing:
+        by_role = self._servers(roles)
+        return NOTHING if by_role is None else self.orchestrator.route(by_role["prefill"], by_role["decode"])
+
+    def expected(self, roles: tuple[Role, ...], shares: Floats) -> Routing | None:
+        """Of these shares (prefill by decode replicas); None if a replica has no room."""
+        by_role = self._servers(roles)
+        if by_role is None:
+            return None
+        prefills, decodes = by_role["prefill"], by_role["decode"]
+        ways = self.orchestrator.ways(prefills, decodes)
+        best = self.orchestrator.headroom(prefills, decodes, ways)
+        served = min(1.0, best.headroom)
+        return self.orchestrator.predict(prefills, decodes, ways, shares, served, best.headroom, best.binds)
+
+    def _servers(self, roles: tuple[Role, ...]) -> dict[str, list[Server]] | None:
         servers = [self._layouts.of_replica(r, role) for r, role in zip(self.replicas, roles, strict=True)]
         if any(server is None for server in servers):
-            return NOTHING
-        by_role = {
+            return None
+        return {
             want: [s for s, role in zip(servers, roles, strict=True) if role == want and s is not None]
             for want in ("prefill", "decode")
         }
-        return self.orchestrator.route(by_role["prefill"], by_role["decode"])
 
     def candidate(self, roles: tuple[Role, ...], routing: Routing) -> Candidate:
         return _candidate([replace(r, role=role) for r, role in zip(self.replicas, roles, strict=True)], routing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from sim.batchers import Saturating
+from sim.batchers import Saturating, TokenBudget
 from sim.planners.pools import Pool, Split
 from sim.planners.thunderserve import TabuSearch
 from sim.policy import Planner, Problem, Rescheduler, System, View, Workload
@@ -170,7 +170,7 @@ def thunderserve(
         mirrors="ThunderServe (MLSys 2025), by its abstract and public summaries; no code is public",
         planner=planner,
         router=lambda: ByAttainment(transfer) if routing == "attainment" else ByShare(routing),
-        batcher=lambda role: Saturating(),
+        batcher=lambda role: TokenBudget() if role == "mixed" else Saturating(),
         transfer=lambda: transfer,
         rescheduler=rescheduler,
     )

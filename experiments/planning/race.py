@@ -1,0 +1,176 @@
+"""Which of many layouts carries most, in the engine: trials at a rate, and a race with the best so far.
+
+A layout enters with what it could carry at most by the capacity LP. Whoever could not beat the best so far is not
+simulated; whoever could is tried a little above it, and only who passes there has its own rate bisected. So a hundred
+layouts cost little more than a hundred trials. ``goodput_per_s`` of a loser is None: it carries less than the winner.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from math import ceil, inf
+
+import numpy as np
+
+from experiments.planning.goodput import longest_s
+from experiments.scenario.requests import RequestStream
+from experiments.scenario.resolve import Setup
+from sim.engine import simulate
+from sim.goodput import attained
+from sim.planners.thunderserve.survey import signature
+from sim.types import ConfigError, Plan, Request
+from traces import TraceSource
+
+GAIN = 1.02
+"""Over the best so far, to beat it."""
+FINE, COARSE = 0.015, 0.04
+"""Share of a rate to which the goodput of the best is found, and that of others."""
+MARGIN = 1.15
+"""What the LP says may be so much too low: it takes mean lengths for all."""
+FEWEST, MOST = 500, 8000
+"""Requests of a trial."""
+SPANS = 2.0
+LEAST_SPAN_S = 60.0
+"""A trial lasts so long, and so many times what a request of mean length may take."""
+HALVINGS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A layout under a system. ``label``: where it comes from. ``most_per_s``: its upper bound by the LP;
+    ``likely_per_s``: what it is likely to carry."""
+
+    setup: Setup
+    plan: Plan
+    label: str
+    most_per_s: float = inf
+    likely_per_s: float = inf
+    binds: str | None = None
+    goodput_per_s: float | None = None
+
+    @property
+    def key(self) -> object:
+        cluster = self.setup.problem.cluster
+        return self.setup.system.name, signature(self.plan, {gpu: cluster.gpu(gpu).name for gpu in cluster.gpu_ids})
+
+
+class Trials:
+    """Whether a layout carries a rate: the share of the SLO is kept over the whole trial, and over its second half."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._lengths_s = longest_s(setup)
+        self._streams: dict[tuple[str, float], list[Request]] = {}
+        self.count = 0
+
+    def passed(self, one: Contender, rate_per_s: float) -> bool:
+        """At the scenario's seed."""
+        self.count += 1
+        setup, slo = one.setup, one.setup.problem.slo
+        problem = replace(setup.problem, workload=replace(setup.problem.workload, rate_per_s=rate_per_s))
+        source = TraceSource(self._requests(setup, rate_per_s))
+        columns = simulate(problem, setup.system, source, plan=one.plan, predictor=setup.predictor).columns
+        late = columns["arrival_s"] >= np.median(columns["arrival_s"])
+        halves = columns, {name: values[late] for name, values in columns.items()}
+        return all(attained(part, slo) >= slo.attainment for part in halves)
+
+    def _requests(self, setup: Setup, rate_per_s: float) -> list[Request]:
+        key = setup.system.name, rate_per_s
+        if key not in self._streams:
+            count = ceil(rate_per_s * max(LEAST_SPAN_S, SPANS * self._lengths_s))
+            self._streams = {key: list(islice(self._endless(setup, rate_per_s), min(MOST, max(FEWEST, count))))}
+        return self._streams[key]
+
+    def _endless(self, setup: Setup, rate_per_s: float) -> Iterator[Request]:
+        """The workload at this rate; it begins anew, with other arrivals, when it ends."""
+        at_s, number, seed = 0.0, 0, setup.scenario.seed
+        while True:
+            spec = setup.scenario.workload.model_copy(update={"rate": rate_per_s})
+            last_s = 0.0
+            for request in RequestStream(spec, seed=seed, max_model_len=setup.requests.max_model_len):
+                yield replace(request, id=number, arrival_s=at_s + request.arrival_s)
+                last_s, number = request.arrival_s, number + 1
+            if not number:
+                raise ConfigError("workload: it has no requests; widen start_s and end_s, or name another trace")
+            at_s, seed = at_s + last_s + 1 / rate_per_s, seed + 1
+
+
+@dataclass(slots=True)
+class Race:
+    """The best so far, who has been tried, and all who entered. ``most_trials``, ``until_s``: then it ends."""
+
+    trials: Trials
+    most_trials: int
+    until_s: float = inf
+    progress: Callable[[int, float], None] = lambda step, best: None
+    best: Contender | None = None
+    tried: dict[object, Contender] = field(default_factory=dict)
+    entered: dict[object, Contender] = field(default_factory=dict)
+
+    @property
+    def over(self) -> bool:
+        return self.trials.count >= self.most_trials or time.perf_counter() >= self.until_s
+
+    @property
+    def rate_per_s(self) -> float:
+        return 0.0 if self.best is None else self.best.goodput_per_s or 0.0
+
+    def enter(self, contenders: Iterable[Contender], *, first: int = 10**9) -> bool:
+        """The likeliest first, at most so many; whether the best has changed."""
+        before = self.best
+        in_order = sorted(contenders, key=lambda one: -one.likely_per_s)
+        for one in in_order:
+            self.entered.setdefault(one.key, one)
+        for one in in_order:
+            if self.over or first <= 0:
+                break
+            if one.key in self.tried or one.most_per_s * MARGIN < self.rate_per_s * GAIN:
+                continue
+            first -= 1
+            self.note(self._measured(one))
+            self.progress(self.trials.count, self.rate_per_s)
+        return self.best is not before
+
+    def note(self, found: Contender) -> None:
+        """It was tried, and is the best if its rate is the highest."""
+        self.tried[found.key] = self.entered[found.key] = found
+        if (found.goodput_per_s or 0.0) > self.rate_per_s:
+            self.best = found
+
+    def _measured(self, one: Contender) -> Contender:
+        if self.best is None:
+            return self.rated(one)
+        floor = self.rate_per_s * GAIN
+        if not self.trials.passed(one, floor):
+            return one
+        return replace(one, goodput_per_s=self._up(one, floor))
+
+    def rated(self, one: Contender, tolerance: float = FINE) -> Contender:
+        """With its own rate, whoever is best; None if it keeps the SLO at no rate."""
+        low, high = 0.0, inf
+        rate = one.likely_per_s
+        for _ in range(HALVINGS):
+            if self.trials.passed(one, rate):
+                low = rate
+                break
+            high, rate = rate, rate * 0.75
+        if not low:
+            return replace(one, goodput_per_s=None)
+        return replace(
+            one,
+            goodput_per_s=self._up(one, low, tolerance) if high == inf else self._between(one, low, high, tolerance),
+        )
+
+    def _up(self, one: Contender, good: float, tolerance: float = FINE) -> float:
+        step = 0.04
+        while self.trials.passed(one, good * (1 + step)):
+            good, step = good * (1 + step), 2 * step
+        return self._between(one, good, good * (1 + step), tolerance)
+
+    def _between(self, one: Contender, good: float, bad: float, tolerance: float) -> float:
+        while bad - good > tolerance * good:
+            middle = (good + bad) / 2
+            good, bad = (middle, bad) if self.trials.passed(one, middle) else (good, middle)
+        return good
