@@ -61,7 +61,7 @@ second, along a line that is so many standard errors steep."""
 
 
 def longest_s(slo: Slo, mean_output_tokens: float) -> float | None:
-    """Seconds that a request of mean length may take within the SLO; None if it bounds nothing. Of classes, the most."""
+    """Seconds that a mean request may take within the SLO (of classes, the most); None if it bounds nothing."""
     times = [longest_s(one, mean_output_tokens) for one in slo.classes.values()]
     by_parts = (slo.ttft_s or 0.0) + (slo.tpot_s or 0.0) * max(0.0, mean_output_tokens - 1)
     if slo.e2e_s is not None:

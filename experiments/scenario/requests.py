@@ -129,7 +129,7 @@ class RequestStream:
         if least is None:
             return spec
         known: dict[str, Any] = {}
-        if spec.limit is not None and (spec.generate is not None or isinstance(spec, WorkloadSpec) and spec.mix):
+        if spec.limit is not None and (spec.generate is not None or (isinstance(spec, WorkloadSpec) and spec.mix)):
             known["limit"] = max(spec.limit, least)
         if spec.generate is not None:
             more = {"requests": max(spec.generate.requests, least)}
