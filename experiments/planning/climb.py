@@ -85,10 +85,10 @@ class Ascent:
 
     def run(self, offered: Sequence[Plan], top: int) -> Climbed:
         bound = self.survey.capacity.bound()
-        baselines = self._baselines()
+        baselines = self._by_place()
         self.race.enter(self._of_shapes(self.survey.shapes(colocated=self.colocated), "capacity LP"))
-        self.race.enter([one for several in baselines.values() for one in several])
-        self.race.enter(self._simple())
+        self.race.enter(one for several in baselines.values() for one in several)
+        self.race.enter(self.by_hand())
         self.race.enter(self._of_plans(offered[:SEARCHED], "tabu search"), first=SEARCHED)
         self._iterate()
         self.race.most_trials += RESERVED
@@ -122,7 +122,8 @@ class Ascent:
                 found.append(self._of(replace(placed, plan=plan), label))
         return found
 
-    def _simple(self) -> list[Contender]:
+    def by_hand(self) -> list[Contender]:
+        """Every division of the types into prefill and decode."""
         found = []
         for label, shape in self.survey.split_by_type():
             placed = self.survey.placer.of(shape)
@@ -130,7 +131,11 @@ class Ascent:
                 found.append(self._of(placed, label))
         return found
 
-    def _baselines(self) -> dict[str, list[Contender]]:
+    def colocated_vllm(self) -> list[Contender]:
+        """On all GPUs and on each type alone, at every TP."""
+        return [one for several in self._by_place().values() for one in several]
+
+    def _by_place(self) -> dict[str, list[Contender]]:
         """Colocated vLLM at every TP that fits, by where: all GPUs, and each type alone."""
         names = list(dict.fromkeys(kind.node.gpu.name for kind in self.survey.kinds))
         found: dict[str, list[Contender]] = {}
