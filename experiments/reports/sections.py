@@ -13,7 +13,7 @@ from experiments.reports import charts
 from experiments.reports.folder import Folder, Kind
 from experiments.reports.tables import facts, table
 from experiments.runs.rundir import Run
-from experiments.runs.tables import METRICS, notes, winners
+from experiments.runs.tables import METRICS, apart, notes, winners
 from experiments.sweeps.sweep import labelled
 from sim.metrics import LATENCIES
 
@@ -87,9 +87,10 @@ def _comparison(folder: Folder) -> Report:
     }
     rows = pd.DataFrame({"metric": [metric.name for metric in METRICS], **columns})
     left_out = "".join(f" {label} is left out: {reason}." for label, reason in folder.summary["left_out"].items())
+    others = "".join(f" {label}: {why}." for label, why in apart(summaries).items())
     metrics = Section(
         title="Side by side", parts=[table(rows, name="metrics")], wide=True,
-        text="A star marks the best value of a row." + left_out + _notes(summaries),
+        text="A star marks the best value of a row." + others + left_out + _notes(summaries),
     )  # fmt: skip
     return Report(headline=_winner(summaries), sections=[metrics, *_of_runs(folder)])
 

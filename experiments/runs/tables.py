@@ -66,11 +66,34 @@ MOST_COLUMNS = 6
 LATENCY_COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
+def apart(summaries: Mapping[str, Summary]) -> dict[str, str]:
+    """Systems that served another set of requests than most, and what they served: theirs are other figures.
+
+    The set is that of the most systems, the larger one among equals. Results saved before it was kept count as alike.
+    """
+    sets = {label: summary.get("served") for label, summary in summaries.items()}
+    sums = [found["sum"] for found in sets.values() if found is not None]
+    if len(set(sums)) < 2:
+        return {}
+    sizes = {found["sum"]: found["requests"] for found in sets.values() if found is not None}
+    common = max(sizes, key=lambda one: (sums.count(one), sizes[one]))
+    return {
+        label: f"it served another set of requests ({found['requests']:,} of {summaries[label]['requests']:,}; "
+        f"others {sizes[common]:,}), so its figures get no star"
+        for label, found in sets.items()
+        if found is not None and found["sum"] != common
+    }
+
+
 def winners(summaries: Mapping[str, Summary]) -> dict[str, list[str]]:
-    """Metric name -> labels with the best value as shown; none where all are equal or nobody has one."""
+    """Metric name -> labels with the best value as shown; none where all are equal or nobody has one.
+
+    Who served another set of requests (``apart``) is not looked at.
+    """
     best: dict[str, list[str]] = {}
+    others = apart(summaries)
     for metric in METRICS:
-        shown = {label: _shown(metric, summary) for label, summary in summaries.items()}
+        shown = {label: _shown(metric, summary) for label, summary in summaries.items() if label not in others}
         known = [value for value in shown.values() if value is not None]
         if metric.better is None or len(known) < 1 or len(set(shown.values())) == 1:
             best[metric.name] = []
@@ -81,7 +104,12 @@ def winners(summaries: Mapping[str, Summary]) -> dict[str, list[str]]:
 
 
 def comparison_json(summaries: Mapping[str, Summary], left_out: Mapping[str, str]) -> dict[str, Any]:
-    return {"systems": dict(summaries), "winners": winners(summaries), "left_out": dict(left_out)}
+    return {
+        "systems": dict(summaries),
+        "winners": winners(summaries),
+        "left_out": dict(left_out),
+        "apart": apart(summaries),
+    }
 
 
 def print_comparison(summaries: Mapping[str, Summary], left_out: Mapping[str, str], *, title: str) -> None:
@@ -103,6 +131,8 @@ def print_comparison(summaries: Mapping[str, Summary], left_out: Mapping[str, st
     for label, summary in summaries.items():
         for note in notes(summary):
             said.setdefault(note, []).append(label)
+    for label, why in apart(summaries).items():
+        console.print(f"{label}: {why}", highlight=False, markup=False)
     for note, labels in said.items():
         whose = "all" if len(labels) == len(summaries) else ", ".join(labels)
         console.print(f"{whose}: {note}", highlight=False, markup=False)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import islice
 from math import inf
 from typing import Any
@@ -32,7 +33,7 @@ from sim.cluster import Cluster, Gpu, did_you_mean, gpu, gpus
 from sim.cost import Fitted, Overhead, Profile, Roofline, StepCost
 from sim.engine import simulate
 from sim.metrics import summarise
-from sim.model import model
+from sim.model import ModelSpec, model
 from sim.outside import is_file
 from sim.policy import Predictor, Problem, System, Workload
 from sim.predictors import ConstantLength, TrueLength
@@ -101,6 +102,7 @@ class Setup:
             "gpus": dict(Counter(self.problem.cluster.gpu(gpu_id).name for gpu_id in self.problem.cluster.gpu_ids)),
             "predicted_gpus": self._predicted(figures["unmeasured_gpus"]),
             "step_times": step_times(self.problem, result),
+            "served": served(result),
             "workload": workload,
             "predictor": self.predictor.name,
             "seed": self.problem.seed,
@@ -123,6 +125,16 @@ class Setup:
         return _rate_per_s(np.sort(result.columns["arrival_s"]).tolist())
 
 
+def served(result: Result) -> dict[str, Any]:
+    """Which requests got their whole answer, so that two runs can be told apart: how many, and a sum over them."""
+    columns = result.columns
+    done = columns["outcome"] == "completed"
+    numbers = np.stack([columns[name][done].astype(np.int64) for name in ("request", "input_tokens", "output_tokens")])
+    order = np.argsort(numbers[0], kind="stable")
+    known = sha256(np.ascontiguousarray(numbers[:, order]).tobytes())
+    return {"requests": int(done.sum()), "sum": known.hexdigest()[:16]}
+
+
 def resolve(scenario: Scenario) -> Setup:
     """Build everything a scenario describes; ``ConfigError`` names the file, the field, the value and the mend."""
     with _named(scenario):
@@ -133,7 +145,8 @@ def resolve(scenario: Scenario) -> Setup:
         )
         system = build_system(scenario.system)
         the_model = model(scenario.model, scenario.dtype)
-        longest = system.limits.max_model_len or the_model.max_position_embeddings
+        longest = context(scenario, the_model) or system.limits.max_model_len
+        system = system.with_limits(replace(system.limits, max_model_len=longest))
         requests = RequestStream(scenario.workload, seed=scenario.seed, max_model_len=longest)
         workload = known_workload(requests)
         problem = Problem(
@@ -166,6 +179,15 @@ def resolve(scenario: Scenario) -> Setup:
 def run(scenario: Scenario, *, step_by_step: bool = False, progress: Callable[[int], None] | None = None) -> Result:
     """Resolve and simulate."""
     return resolve(scenario).run(step_by_step=step_by_step, progress=progress)
+
+
+def context(scenario: Scenario, the_model: ModelSpec) -> int | None:
+    """Tokens that a request may have, the same under every system: the model's context, or less if that is stated.
+
+    None: neither says. A system's own default (2,048 of those with slots) holds only then.
+    """
+    known = [length for length in (scenario.system.engine.max_model_len, the_model.max_position_embeddings) if length]
+    return min(known, default=None)
 
 
 def build_system(spec: SystemSpec) -> System:

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+import phasewise as pw
 from experiments.runs.comparison import run_all, variants
 from experiments.runs.progress import Log
 from experiments.runs.rundir import TABLES, read_run
@@ -325,3 +326,40 @@ def test_trace_stats_draws_and_bursts_come_from_the_command_line(tmp_path: Path)
     assert plot.stat().st_size > 10_000
     assert call("trace", "stats", trace, "--plot", tmp_path / "nowhere" / "bursts.png") == 2
     assert call("trace", "generate", trace, "--rate", 5, "--arrivals", "bursts") == 2
+
+
+# ---------------------------------------------------------------- the same requests for all
+
+
+LONG = """
+model: llama-2-7b
+cluster: {nodes: [{gpu: H100-SXM, count: 1}]}
+workload: {rate: 1, generate: {requests: 30, input: {uniform: [2500, 3500]}, output: {fixed: 20}}}
+system: {name: vllm, tp: 1}
+compare:
+  v1: {name: vllm, tp: 1}
+  v0: {name: vllm, tp: 1, mode: v0}
+  orca: {name: orca, tp: 1}
+  sarathi: {name: sarathi, tp: 1}
+  short: {name: vllm, tp: 1, engine: {max_model_len: 3000}}
+"""
+
+
+def test_prompts_are_limited_by_the_model_under_every_system(tmp_path: Path) -> None:
+    """Llama-2's context is 4,096: batchers whose own default is 2,048 take prompts beyond it as well."""
+    file = tmp_path / "long.yaml"
+    file.write_text(LONG)
+    found = pw.compare(pw.load(file), ["v1", "v0", "orca", "sarathi"])
+    assert {label: run.summary["completed"] for label, run in found.runs.items()} == dict.fromkeys(found.runs, 30)
+    assert len({run.summary["served"]["sum"] for run in found.runs.values()}) == 1
+
+
+def test_who_served_other_requests_gets_no_star(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "long.yaml"
+    file.write_text(LONG)
+    assert call("compare", str(file), "--systems", "v1,v0,short", "--out", str(tmp_path / "out"), "--quiet") == 0
+    shown = capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(summary["apart"]) == ["short"]
+    assert all("short" not in labels for labels in summary["winners"].values())
+    assert "short: it served another set of requests" in shown

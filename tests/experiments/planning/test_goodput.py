@@ -200,8 +200,8 @@ def test_the_command_writes_tables_curve_and_scenario(scenario: Path, capsys: py
     assert row["rate_per_s"] == pytest.approx(2 * row["rate_per_s_per_gpu"])
     assert row["requests_per_usd"] > 0
     assert row["half_width_per_s"] is not None
-    names = ["curve.csv", "curve.png", "curve.svg", "environment.json", "goodput.csv", "runs.csv", "scenario.yaml"]
-    assert sorted(path.name for path in Path("out").iterdir()) == [*names, "summary.json", "trials.csv"]
+    names = ["curve.csv", "curve.png", "curve.svg", "environment.json", "goodput.csv", "journal.jsonl", "runs.csv"]
+    assert sorted(p.name for p in Path("out").iterdir()) == [*names, "scenario.yaml", "summary.json", "trials.csv"]
     trials = pd.read_csv("out/trials.csv")
     for seed, group in trials.groupby("seed"):
         best = group[group["attainment"] >= 0.9]["rate_per_s"].max()
