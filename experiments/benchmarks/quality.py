@@ -1,8 +1,8 @@
 """Do plans win? Clusters of many kinds: the LP bound, the plan's goodput, and the best of the simple layouts.
 
 ``python -m experiments.benchmarks.bench_plan --quality``. Simple layouts are what one lays out by hand: colocated vLLM
-on all GPUs and on each type alone, and every division of the types into prefill and decode under ThunderServe's runtime,
-each at TP 1, 2 and 4 (and 8, colocated). They race by themselves, by the trials that the plan is judged by.
+on all GPUs and on each type alone, and every division of the types into prefill and decode under ThunderServe's
+runtime, each at TP 1, 2 and 4 (and 8, colocated). They race by themselves, by the trials that the plan is judged by.
 """
 
 from __future__ import annotations
