@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from sim.cluster import Path
 from sim.engine.clock import Alarm
+from sim.engine.links import cut_for_good
 from sim.engine.replica.flight import blocks_to_come
 from sim.engine.replica.job import Job
 from sim.engine.replica.state import Delivery, Flight, ReplicaState
@@ -248,8 +249,21 @@ class Moves:
             self._engine.changes.maybe_drained(source)
         self._engine.nudge(target)
 
-    def abandon(self, delivery: Delivery, lost: ReplicaState) -> None:
-        """One end of a KV move is lost: stop it, and free the blocks at the other end."""
+    def strand(self) -> int:
+        """Nothing is left to happen: KV on a cut link never arrives. Returns how many requests failed."""
+        stuck = [delivery for delivery in self.under_way.values() if delivery.flow is not None and delivery.flow.stuck]
+        for delivery in stuck:
+            del self.under_way[delivery.job]
+            delivery.job.epoch += 1
+            self.abandon(delivery, None)
+            self._engine.finish(delivery.job, "failed", cut_for_good(delivery.source.name, delivery.target.name))
+            for replica in (delivery.source, delivery.target):
+                if replica.retiring:
+                    self._engine.changes.maybe_drained(replica)
+        return len(stuck)
+
+    def abandon(self, delivery: Delivery, lost: ReplicaState | None) -> None:
+        """One end of a KV move is lost (None: the way between them): stop it, and free the blocks at the other end."""
         if delivery.flow is not None:
             self._engine.links.cancel(delivery.flow)
         source, target, job = delivery.source, delivery.target, delivery.job

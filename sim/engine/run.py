@@ -132,6 +132,8 @@ class Engine:
         stream = iter(source.next(0.0, None))
         self._await_arrival(self._next_job(stream), stream)
         self.clock.run(until_ps)
+        while until_ps is None and self.unfinished and self.hardware is None and self.changes.strand():
+            self.clock.run()
         if until_ps is not None:
             self._cut_off()
         elif self.unfinished:
