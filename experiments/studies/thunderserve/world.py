@@ -155,24 +155,25 @@ def at(where: Problem, rate_per_s: float) -> Problem:
 
 
 def best(where: Problem, systems: Sequence[System], start: float, size: Size) -> Served:
-    """The best of several layouts of one system; a planner plans for ``start``, and anew for the rate that is served.
+    """The best of several layouts of one system; every planner plans for ``start``, then for the rate that is served.
 
     Of a search the first candidates are simulated at that rate, as ``phasewise plan`` does. A layout without room is
     left out.
     """
     found: list[Served] = []
     for system in systems:
-        rate = start
+        rate, before = start, None
         for _ in range(size.rounds):
             try:
                 offers = [Served(problem=where, system=system, plan=plan, rate_per_s=0.0)
                           for plan in plans(replace(at(where, rate), limits=system.limits), system)]  # fmt: skip
+                if [offer.plan for offer in offers] == before:
+                    break  # this planner looks at no rate
+                before = [offer.plan for offer in offers]
                 one = max(offers, key=lambda offer: offer.share(rate, size)).found(rate, size)
             except ConfigError:
                 break
             found.append(one)
-            if len(offers) == 1:
-                break
             rate = max(rate, one.rate_per_s) * 1.1
     return max(found, key=lambda one: one.rate_per_s)
 

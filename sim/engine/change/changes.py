@@ -249,6 +249,16 @@ class Changes:
         for replica in touched:
             engine.nudge(replica)
 
+    def strand(self) -> int:
+        """Nothing is left to happen, but a cut link holds some up: they fail, the others go on. Returns how many."""
+        engine = self.engine
+        lost = (
+            engine.moves.strand() + self.keeping.strand() + (engine.paths.strand() if engine.paths is not None else 0)
+        )
+        if given_up := self.loading.strand():
+            self._settle_in(self._orphans())
+        return lost + given_up
+
     # ------------------------------------------------------------ changes of plan
 
     def apply(self, change: Change) -> None:
