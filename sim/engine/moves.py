@@ -155,7 +155,7 @@ class Moves:
         target.settle()
         while target.inbox and self._may_enter(target.inbox[0]):
             delivery = target.inbox.popleft()
-            target.ledger.take(delivery.blocks)
+            delivery.let_in()
             target.arriving[delivery.job] = None
             delivery.started_ps = self._engine.clock.now_ps
             self._send(delivery)
@@ -166,11 +166,11 @@ class Moves:
                 self._engine.cut(target, flight)
 
     def _may_enter(self, delivery: Delivery) -> bool:
-        target = delivery.target
-        if delivery.blocks > target.ledger.free:
+        target, room = delivery.target, delivery.room
+        if room > target.ledger.free:
             return False
         lets_in = getattr(target.batcher, "lets_in", None)  # a Gatekeeper's
-        return lets_in is None or target.only_holds or bool(lets_in(delivery.job, delivery.blocks, target))
+        return lets_in is None or target.only_holds or bool(lets_in(delivery.job, room, target))
 
     def _break_circle(self, target: ReplicaState) -> None:
         """Replicas that hold nothing but KV waiting for room at each other would wait forever.
@@ -240,10 +240,7 @@ class Moves:
         del source.departing[job]
         source.release(job)
         del target.arriving[job]
-        job.copied_blocks = job.copies(job.computed_tokens, target.block_size)
-        job.blocks = delivery.blocks - job.copied_blocks
-        job.hashes = ()
-        target.land(job)
+        delivery.hand_over()
         if source.inbox:
             self.make_room(source)
         if source.waiting or source.swapped or source.paused:
@@ -274,7 +271,7 @@ class Moves:
             target.settle()
             if job in target.arriving:
                 del target.arriving[job]
-                target.ledger.give(delivery.blocks)
+                target.ledger.give(delivery.blocks - len(delivery.known), delivery.known)
             else:
                 target.inbox.remove(delivery)
             self._engine.clock.at(self._engine.clock.now_ps + 1, self.room_again, target)

@@ -271,7 +271,7 @@ class Engine:
             self.paths.start(replica, now_ps)
             return
         self._fill_lanes(replica, now_ps)
-        if replica.inbox and (replica.inbox[0].blocks <= replica.ledger.free or replica.only_holds):
+        if replica.inbox and (replica.inbox[0].room <= replica.ledger.free or replica.only_holds):
             self.clock.at(now_ps + 1, self.moves.let_in, replica)
 
     def _fill_lanes(self, replica: ReplicaState, now_ps: int) -> None:

@@ -75,9 +75,10 @@ class Keeping:
             engine.changes.reroute(job)
             return
         target.ledger.take(blocks)
-        job.hashes = ()
         job.copied_blocks = job.copies(job.computed_tokens, target.block_size)
         job.blocks = blocks - job.copied_blocks
+        job.published = 0
+        target.publish(job, job.computed_tokens)
         job.route = Route(target.leg, target.leg)
         job.places = (job.places[0], target.name)
         moved_bytes = round(kept.size_bytes)

@@ -7,7 +7,7 @@ that whoever reads it sees what the step-by-step engine would show.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from operator import itemgetter
@@ -73,8 +73,47 @@ class Delivery:
     parts: deque[tuple[float, int]]
     """(bytes, earliest start ps) still to be sent."""
     sent_bytes: float = 0.0
+    known: Sequence[Hashable] = ()
+    """Of its content, what its target had when it was let in, and holds for it."""
     started_ps: int | None = None
     flow: Flow | None = None
+
+    def known_there(self) -> Sequence[Hashable]:
+        """Hashes of the leading blocks that the target has now, so that they need not move."""
+        hashes, ledger = self.job.hashes, self.target.ledger
+        if not hashes or not ledger.prefix_caching:
+            return ()
+        hashes = hashes[: self.move.tokens // ledger.block_size]
+        return hashes[: ledger.known_prefix(hashes)]
+
+    @property
+    def room(self) -> int:
+        """Blocks that must be free at the target."""
+        known = self.known_there()
+        return self.blocks - len(known) + self.target.ledger.idle_blocks(known) if known else self.blocks
+
+    def let_in(self) -> None:
+        """Take the blocks at the target. Only what is missing there moves."""
+        ledger = self.target.ledger
+        self.known = self.known_there()
+        if self.known:
+            ledger.share(self.known)
+            tokens = self.move.tokens - len(self.known) * ledger.block_size
+            share = tokens / self.move.tokens
+            self.parts = deque([(size_bytes * share, ready_ps) for size_bytes, ready_ps in self.parts])
+            self.move = self.move._replace(tokens=tokens, kv_bytes=round(self.move.kv_bytes * share))
+        ledger.take(self.blocks - len(self.known))
+
+    def hand_over(self) -> None:
+        """The job's blocks are those at the target from now on, and others may find what is in them."""
+        job, target = self.job, self.target
+        job.copied_blocks = job.copies(job.computed_tokens, target.block_size)
+        job.blocks = self.blocks - job.copied_blocks - len(self.known)
+        job.shared = list(self.known)
+        job.published = len(self.known)
+        target.settle()
+        target.publish(job, job.computed_tokens)
+        target.land(job)
 
 
 class ReplicaState:
