@@ -1,16 +1,17 @@
 """The memory of one replica: how many KV blocks it has room for, and the ledger of who holds them.
 
-Blocks have no identity beyond what sharing needs. Without prefix caching the ledger is one counter.
+Blocks have no identity beyond what somebody may ask for again. Without prefix caching the ledger is one counter.
 With it, free blocks form a queue in the order they were freed: blocks whose content is still known
-can be taken back from anywhere in the queue by a request with the same prefix, and lose their content when the
-head of the queue is handed out (vLLM v1, ``kv_cache_manager``: eviction in the order of freeing, a
-request's last blocks first).
+can be taken back from anywhere in the queue, and lose their content when the head of the queue is handed out (vLLM v1,
+``kv_cache_manager``: eviction in the order of freeing, a request's last blocks first). Content is known by the hashes
+of a trace, to every request with the same prefix; and what no trace has hashes for, a ``Run``, to the request that
+computed it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -193,6 +194,16 @@ def sharing_saving(blocks: int, tokens: int, sequences: int, block_size: int) ->
     return 1 - blocks / (sequences * -(-tokens // block_size))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """The name of free blocks that follow each other in one request: whole ones, which it can come back to.
+
+    They are freed, and hence evicted, from the last one on, so that their number tells which of them are left.
+    """
+
+    owner: Hashable
+
+
 class Ledger:
     """``free`` + used = ``total`` blocks of ``block_size`` tokens, always."""
 
@@ -204,7 +215,7 @@ class Ledger:
         self.free = total
         # content hash -> number of holders (0: in the free queue, content intact)
         self._content: dict[Hashable, int] | None = {} if prefix_caching else None
-        # key -> blocks; a key that is a content hash stands for one block, any other for a run of blank ones
+        # key -> blocks; a content hash stands for one block, a Run for those of it, any other key for blank ones
         self._free_queue: OrderedDict[Hashable, int] = OrderedDict()
         if prefix_caching:
             self._free_queue[object()] = total
@@ -243,21 +254,37 @@ class Ledger:
         if self._content is None:
             return
         if blocks:
-            self._free_queue[object()] = blocks
+            last = next(reversed(self._free_queue), None)
+            key = last if type(last) is object else object()
+            self._free_queue[key] = self._free_queue.get(key, 0) + blocks
         for key in reversed(shared):
             self._content[key] -= 1
             if not self._content[key]:
                 self._free_queue[key] = 1
                 self.free += 1
 
-    @property
-    def blank_first(self) -> int:
-        """Blocks that can be handed out before any content is lost."""
+    def keep(self, blocks: int, owner: Hashable) -> Run:
+        """Take back blocks whose content their owner may come for: by the name that is returned."""
+        run = Run(owner)
+        self.free += blocks
+        self._free_queue[run] = blocks
+        return run
+
+    def kept(self, run: Run | None) -> int:
+        """Leading blocks of a run whose content is still in memory."""
+        return self._free_queue.get(run, 0) if run is not None else 0
+
+    def take_back(self, run: Run) -> None:
+        """Hand out what is left of a run, content and all."""
+        self.free -= self._free_queue.pop(run)
+
+    def blank_first(self, waiting: Container[Hashable]) -> int:
+        """Blocks that can be handed out before any content is lost that those who wait may come for."""
         if self._content is None:
             return self.free
         blank = 0
         for key, count in self._free_queue.items():
-            if key in self._content:
+            if key in self._content or (type(key) is Run and key.owner in waiting):
                 break
             blank += count
         return blank

@@ -295,14 +295,15 @@ def test_every_system_is_under_the_law() -> None:
 
 @st.composite
 def traffic(draw: st.DrawFn) -> list[Request]:
-    """Bursts on a coarse grid (ties), short and long prompts, some with shared prefixes, some of several samples."""
+    """Bursts on a coarse grid (ties), short and long prompts, some of several samples, half the traces with hashes."""
     count = draw(st.integers(1, 40))
     gap = draw(st.sampled_from([0.0, 0.0037, 0.01, 0.05, 0.3]))
+    hashed = draw(st.booleans())
     arrival, requests = 0.0, []
     for number in range(count):
         arrival = round(arrival + gap * draw(st.integers(0, 3)), 3)
         tokens = draw(st.integers(1, 250))
-        shared = draw(st.integers(0, 3))
+        shared = draw(st.integers(0, 3)) if hashed else 0
         answer = draw(st.integers(1, 120))
         known = (tokens + (answer if draw(st.booleans()) else 0)) // 16
         blocks = tuple((shared, block).__hash__() for block in range(known)) if shared else ()

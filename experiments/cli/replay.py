@@ -180,7 +180,7 @@ async def _measure(
     async with connected(url, key=key, timeout_s=timeout_s, connections=manners.concurrency) as server:
         dialect = await agree(server, model or await server.first_model(), prompt=prompt, ignore_eos=ignore_eos)
         how = "forced" if dialect.ignore_eos else "not forced"
-        Log(quiet).say(f"{dialect.model}: prompts are {dialect.prompt}, answer lengths are {how}")
+        Log(quiet).say(f"{dialect.shown}: prompts are {dialect.prompt}, answer lengths are {how}")
         with bar(len(requests), "requests", quiet=quiet) as step:
             return await replay(server, requests, dialect, manners, step)
 

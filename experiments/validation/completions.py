@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from experiments.validation.cleaning import clean
 from sim.types import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 MOST_LINE_BYTES = 2**20
 MOST_ERROR_BYTES = 2**14
-MOST_EXCERPT = 200
+MOST_LISTING_BYTES = 2**22
+MOST_TOKENS = 10**6
+"""Of an answer, where the caller does not say; of a prompt that a server counts."""
+EVENTS_PER_TOKEN, BYTES_PER_TOKEN = 4, 2**14
+"""More than any server sends for one token."""
 FIELDS = (b"data", b"event", b"id", b"retry", b"")
 """Names a line of an event stream begins with (HTML Living Standard, 9.2.6); none: a comment."""
 
@@ -48,6 +53,7 @@ class EventStream:
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
+        self._size = 0
 
     def feed(self, received: bytes) -> Iterator[str]:
         """``AnswerError`` for what is no event stream, and for a line of more than 1 MiB."""
@@ -64,6 +70,7 @@ class EventStream:
     def _line(self, line: bytes) -> Iterator[str]:
         if not line:
             data, self._data = self._data, []
+            self._size = 0
             if data:
                 yield _text(b"\n".join(data))
             return
@@ -71,13 +78,18 @@ class EventStream:
         if name not in FIELDS:
             raise AnswerError(f"the server streams garbage: {line.decode(errors='replace')}")
         if name == b"data":
+            self._size += len(value)
+            if self._size > MOST_LINE_BYTES:
+                raise AnswerError("the server streams garbage: an event of more than 1 MiB")
             self._data.append(value.removeprefix(b" "))
 
 
 class Listener:
     """What one stream of completion events tells: when tokens came, and how many the server counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_tokens: int = MOST_TOKENS) -> None:
+        self.most_tokens = most_tokens
+        self.heard_bytes = 0
         self.token_s: list[float] = []
         self.finished = False
         self.input_tokens: int | None = None
@@ -85,6 +97,10 @@ class Listener:
         self._events = EventStream()
 
     def hear(self, received: bytes, now_s: float) -> None:
+        """``AnswerError`` for what no answer of so many tokens can be."""
+        self.heard_bytes += len(received)
+        if self.heard_bytes > 4 * MOST_LINE_BYTES + BYTES_PER_TOKEN * self.most_tokens:
+            raise AnswerError(f"the server sends {self.heard_bytes:,} bytes for {self.most_tokens} tokens, and goes on")
         for data in self._events.feed(received):
             self._event(data, now_s)
 
@@ -106,14 +122,18 @@ class Listener:
             raise AnswerError(f"the server says: {_message(event)}")
         usage = event.get("usage")
         if isinstance(usage, dict):
-            self.input_tokens = _count(usage.get("prompt_tokens")) or self.input_tokens
-            self.output_tokens = _count(usage.get("completion_tokens")) or self.output_tokens
+            self.input_tokens = _count(usage.get("prompt_tokens"), 10**8) or self.input_tokens
+            self.output_tokens = _count(usage.get("completion_tokens"), 64 + 2 * self.most_tokens) or self.output_tokens
         choices = event.get("choices")
         if not isinstance(choices, list) or not choices:
             return
         choice = choices[0] if isinstance(choices[0], dict) else {}
         self.finished |= choice.get("finish_reason") is not None
         if choice.get("text") or not usage:
+            if len(self.token_s) > 64 + EVENTS_PER_TOKEN * self.most_tokens:
+                raise AnswerError(
+                    f"the server sends {len(self.token_s):,} events for {self.most_tokens} tokens, and more"
+                )
             self.token_s.append(now_s)
 
 
@@ -137,10 +157,9 @@ class Server:
     async def first_model(self) -> str:
         """The first name under ``/v1/models``. ``ConfigError`` if there is none."""
         try:
-            async with self._limited():
-                answer = await self.client.get(f"{self.url}/models")
+            async with self._limited(), self.client.stream("GET", f"{self.url}/models") as answer:
                 await self._accept(answer)
-                listed = _object(answer.text).get("data")
+                listed = _object((await _body(answer, MOST_LISTING_BYTES)).decode(errors="replace")).get("data")
         except AnswerError as error:
             raise ConfigError(f"{self.url}/models: {error}; check --url, or name a model with --model") from None
         for item in listed if isinstance(listed, list) else ():
@@ -148,9 +167,9 @@ class Server:
                 return str(item["id"])
         raise ConfigError(f"{self.url}/models: it lists no model; name one with --model")
 
-    async def complete(self, body: bytes) -> Heard:
-        """Send one request (JSON) and listen to the end. ``AnswerError`` says what went wrong."""
-        listener = Listener()
+    async def complete(self, body: bytes, most_tokens: int = MOST_TOKENS) -> Heard:
+        """Send a request (JSON) of at most so many tokens, listen to the end. ``AnswerError`` says what went wrong."""
+        listener = Listener(most_tokens)
         try:
             async with self._limited():
                 await self._listen(body, listener)
@@ -170,9 +189,10 @@ class Server:
         async with self.client.stream("POST", f"{self.url}/completions", content=body, headers=headers) as answer:
             await self._accept(answer)
             if answer.headers.get("Content-Type", "").startswith("application/json"):
-                await answer.aread()
-                raise AnswerError(f"the server did not stream: {answer.text}")
-            async for received in answer.aiter_bytes():
+                said = (await _body(answer, MOST_ERROR_BYTES)).decode(errors="replace")
+                raise AnswerError(f"the server did not stream: {said}")
+            _check_plain(answer)
+            async for received in answer.aiter_raw():
                 listener.hear(received, time.perf_counter())
             listener.end(time.perf_counter())
 
@@ -187,20 +207,19 @@ class Server:
         except TimeoutError:
             raise AnswerError(f"no whole answer within {self.timeout_s:g} s") from None
         except httpx.ConnectError as error:
-            raise AnswerError(self._clean(f"cannot connect: {error}")) from None
+            raise AnswerError(self.shown(f"cannot connect: {error}")) from None
         except httpx.RemoteProtocolError as error:
-            raise AnswerError(self._clean(f"the server closed the connection early: {error}")) from None
+            raise AnswerError(self.shown(f"the server closed the connection early: {error}")) from None
         except httpx.HTTPError as error:
-            raise AnswerError(self._clean(f"{type(error).__name__}: {error}")) from None
+            raise AnswerError(self.shown(f"{type(error).__name__}: {error}")) from None
         except RefusalError as refused:
-            raise RefusalError(refused.status, self._clean(str(refused))) from None
+            raise RefusalError(refused.status, self.shown(str(refused))) from None
         except AnswerError as fault:
-            raise AnswerError(self._clean(str(fault))) from None
+            raise AnswerError(self.shown(str(fault))) from None
 
-    def _clean(self, text: str) -> str:
-        """One short line; the key is taken out first, as a server may repeat it."""
-        line = " ".join((text.replace(self.key, "***") if self.key else text).split())
-        return line if len(line) <= MOST_EXCERPT else f"{line[:MOST_EXCERPT]}..."
+    def shown(self, text: str) -> str:
+        """What a server says, as it may be shown and kept: one short line without the key."""
+        return clean(text, self.key)
 
     async def _accept(self, answer: httpx.Response) -> None:
         if answer.status_code == 200:
@@ -208,12 +227,7 @@ class Server:
         if answer.is_redirect:
             place = answer.headers.get("Location", "elsewhere")
             raise RefusalError(answer.status_code, f"the server redirects to {place}, which is not followed")
-        body = b""
-        async for received in answer.aiter_bytes():
-            body += received
-            if len(body) > MOST_ERROR_BYTES:
-                break
-        said = _said(body[:MOST_ERROR_BYTES].decode(errors="replace"))
+        said = _said((await _body(answer, MOST_ERROR_BYTES)).decode(errors="replace"))
         raise RefusalError(
             answer.status_code, f"the server answers {answer.status_code}: {said or answer.reason_phrase}"
         )
@@ -284,5 +298,28 @@ def _text(data: bytes) -> str:
         raise AnswerError("the server streams garbage: it is not UTF-8") from None
 
 
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+async def _body(answer: httpx.Response, most_bytes: int) -> bytes:
+    """The beginning of a body, never more."""
+    _check_plain(answer)
+    body = b""
+    async for received in answer.aiter_raw():
+        body += received[: most_bytes - len(body)]
+        if len(body) >= most_bytes:
+            break
+    return body
+
+
+def _check_plain(answer: httpx.Response) -> None:
+    """A compressed answer was not asked for, and may be of any size."""
+    coding = answer.headers.get("Content-Encoding", "identity")
+    if coding.strip().lower() not in ("", "identity"):
+        raise AnswerError(f"the server answers in {coding}, which was not asked for")
+
+
+def _count(value: object, most: int) -> int | None:
+    """``AnswerError`` for a count that cannot be."""
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        return None
+    if value > most:
+        raise AnswerError(f"the server counts {value:.3g} tokens; at most {most:,} are possible")
+    return value

@@ -39,6 +39,8 @@ class Dialect:
     usage: bool
     per_unit: float = 1.0
     extra: float = 0.0
+    shown: str = ""
+    """The model's name as it may be printed and kept."""
 
     def body(self, request: Request, salt: int) -> bytes:
         """The request's JSON: a prompt of its length, its answer's length, greedy sampling, streamed."""
@@ -77,7 +79,7 @@ async def agree(server: Server, model: str, *, prompt: PromptKind | None, ignore
     """
     kinds = get_args(PromptKind) if prompt is None else (prompt,)
     tries = [
-        Dialect(model=model, prompt=kind, ignore_eos=forced, usage=usage)
+        Dialect(model=model, prompt=kind, ignore_eos=forced, usage=usage, shown=server.shown(model))
         for kind in kinds
         for forced, usage in ((ignore_eos, True), (False, True), (False, False))
     ]
@@ -110,7 +112,7 @@ async def _counted(server: Server, dialect: Dialect, short: Heard) -> Dialect:
 
 async def _probe(server: Server, dialect: Dialect, input_tokens: int) -> Heard:
     asked = Request(id=input_tokens, arrival_s=0.0, input_tokens=input_tokens, output_tokens=2)
-    return await server.complete(dialect.body(asked, salt=0))
+    return await server.complete(dialect.body(asked, salt=0), asked.output_tokens)
 
 
 def _mixed(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:

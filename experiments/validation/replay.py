@@ -89,7 +89,7 @@ class Replay:
             "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
             "backend": "openai",
             "endpoint_type": "openai",
-            "model_id": self.dialect.model,
+            "model_id": self.dialect.shown or self.dialect.model,
             "tokenizer_id": None,
             "num_prompts": self.planned,
             "request_rate": (len(asked) - 1) / span_s if span_s > 0 else None,
@@ -207,7 +207,7 @@ class _Run:
                     await asyncio.sleep(FIRST_PAUSE_S * 2 ** (tries - 1))
                     answer = replace(answer, retries=tries)
                 try:
-                    answer = self._whole(answer, await self.server.complete(body))
+                    answer = self._whole(answer, await self.server.complete(body, request.output_tokens))
                     break
                 except AnswerError as error:
                     if tries == self.manners.retries:

@@ -29,6 +29,16 @@ class Flow:
     bytes_per_s: float = 0.0
     alarm: Alarm | None = None
 
+    @property
+    def stuck(self) -> bool:
+        """A resource on its way is cut: nothing moves until it changes."""
+        return self.alarm is None and not self.bytes_per_s
+
+
+def cut_for_good(source: str, target: str) -> str:
+    """Why a request fails whose way is cut when nothing is left that could restore it."""
+    return f"the link from {source} to {target} is cut, and nothing restores it"
+
 
 class Links:
     """The resources of a cluster and the flows on them."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from sim.cluster import Path
 from sim.engine.clock import Alarm
+from sim.engine.links import cut_for_good
 from sim.engine.replica.flight import blocks_to_come
 from sim.engine.replica.job import Job
 from sim.engine.replica.state import Delivery, Flight, ReplicaState
@@ -154,7 +155,7 @@ class Moves:
         target.settle()
         while target.inbox and self._may_enter(target.inbox[0]):
             delivery = target.inbox.popleft()
-            target.ledger.take(delivery.blocks)
+            delivery.let_in()
             target.arriving[delivery.job] = None
             delivery.started_ps = self._engine.clock.now_ps
             self._send(delivery)
@@ -165,11 +166,11 @@ class Moves:
                 self._engine.cut(target, flight)
 
     def _may_enter(self, delivery: Delivery) -> bool:
-        target = delivery.target
-        if delivery.blocks > target.ledger.free:
+        target, room = delivery.target, delivery.room
+        if room > target.ledger.free:
             return False
         lets_in = getattr(target.batcher, "lets_in", None)  # a Gatekeeper's
-        return lets_in is None or target.only_holds or bool(lets_in(delivery.job, delivery.blocks, target))
+        return lets_in is None or target.only_holds or bool(lets_in(delivery.job, room, target))
 
     def _break_circle(self, target: ReplicaState) -> None:
         """Replicas that hold nothing but KV waiting for room at each other would wait forever.
@@ -239,10 +240,7 @@ class Moves:
         del source.departing[job]
         source.release(job)
         del target.arriving[job]
-        job.copied_blocks = job.copies(job.computed_tokens, target.block_size)
-        job.blocks = delivery.blocks - job.copied_blocks
-        job.hashes = ()
-        target.land(job)
+        delivery.hand_over()
         if source.inbox:
             self.make_room(source)
         if source.waiting or source.swapped or source.paused:
@@ -251,8 +249,21 @@ class Moves:
             self._engine.changes.maybe_drained(source)
         self._engine.nudge(target)
 
-    def abandon(self, delivery: Delivery, lost: ReplicaState) -> None:
-        """One end of a KV move is lost: stop it, and free the blocks at the other end."""
+    def strand(self) -> int:
+        """Nothing is left to happen: KV on a cut link never arrives. Returns how many requests failed."""
+        stuck = [delivery for delivery in self.under_way.values() if delivery.flow is not None and delivery.flow.stuck]
+        for delivery in stuck:
+            del self.under_way[delivery.job]
+            delivery.job.epoch += 1
+            self.abandon(delivery, None)
+            self._engine.finish(delivery.job, "failed", cut_for_good(delivery.source.name, delivery.target.name))
+            for replica in (delivery.source, delivery.target):
+                if replica.retiring:
+                    self._engine.changes.maybe_drained(replica)
+        return len(stuck)
+
+    def abandon(self, delivery: Delivery, lost: ReplicaState | None) -> None:
+        """One end of a KV move is lost (None: the way between them): stop it, and free the blocks at the other end."""
         if delivery.flow is not None:
             self._engine.links.cancel(delivery.flow)
         source, target, job = delivery.source, delivery.target, delivery.job
@@ -260,7 +271,7 @@ class Moves:
             target.settle()
             if job in target.arriving:
                 del target.arriving[job]
-                target.ledger.give(delivery.blocks)
+                target.ledger.give(delivery.blocks - len(delivery.known), delivery.known)
             else:
                 target.inbox.remove(delivery)
             self._engine.clock.at(self._engine.clock.now_ps + 1, self.room_again, target)

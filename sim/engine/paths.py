@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sim.cost import StageCost
 from sim.engine.clock import BOUNDARY, Alarm
-from sim.engine.links import Links
+from sim.engine.links import Links, cut_for_good
 from sim.engine.node import Hop, Journey, Node, NodeDraft
 from sim.engine.replica.job import Job
 from sim.engine.replica.state import Flight
@@ -211,6 +211,16 @@ class Paths:
             group = [journey for journey in group if self._is_on(journey)]
             if group:
                 self._send(source, target, group)
+
+    def strand(self) -> int:
+        """Nothing is left to happen: whoever waits for a cut link never goes on. Returns how many failed."""
+        held_up, self._held_up = self._held_up, []
+        lost = [(source, target, journey) for source, target, group in held_up for journey in group]
+        lost = [(source, target, journey) for source, target, journey in lost if self._is_on(journey)]
+        for source, target, journey in lost:
+            self.leave(journey.job)
+            self._engine.finish(journey.job, "failed", cut_for_good(source.name, target.name))
+        return len(lost)
 
     def _come(self, alarm: Alarm) -> None:
         group: list[Journey] = [journey for journey in alarm.subject if self._is_on(journey)]

@@ -132,6 +132,8 @@ class Engine:
         stream = iter(source.next(0.0, None))
         self._await_arrival(self._next_job(stream), stream)
         self.clock.run(until_ps)
+        while until_ps is None and self.unfinished and self.hardware is None and self.changes.strand():
+            self.clock.run()
         if until_ps is not None:
             self._cut_off()
         elif self.unfinished:
@@ -269,7 +271,7 @@ class Engine:
             self.paths.start(replica, now_ps)
             return
         self._fill_lanes(replica, now_ps)
-        if replica.inbox and (replica.inbox[0].blocks <= replica.ledger.free or replica.only_holds):
+        if replica.inbox and (replica.inbox[0].room <= replica.ledger.free or replica.only_holds):
             self.clock.at(now_ps + 1, self.moves.let_in, replica)
 
     def _fill_lanes(self, replica: ReplicaState, now_ps: int) -> None:
@@ -363,11 +365,9 @@ class Engine:
             del replica.running[job]
             self.moves.leave(replica, job)
         else:
-            replica.idle_cohort().join(job)
+            replica.join(job)
 
     def _complete(self, replica: ReplicaState, job: Job, now_ps: int) -> None:
-        if job.hashes and job.samples == 1:
-            replica.publish(job, job.computed_tokens)  # the answer too: a next turn may begin with it
         if replica.veil.down:
             replica.veil.ended.append(job)
         else:

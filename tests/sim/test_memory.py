@@ -81,13 +81,13 @@ def test_touching_content_saves_it_from_eviction() -> None:
 
 def test_blank_blocks_before_the_first_content() -> None:
     ledger = Ledger(6, 16, prefix_caching=True)
-    assert ledger.blank_first == 6
+    assert ledger.blank_first(()) == 6
     ledger.take(3)
     ledger.publish("a")
     ledger.give(0, "a")
     ledger.give(2)
-    assert (ledger.free, ledger.blank_first) == (6, 3)
-    assert Ledger(6, 16).blank_first == 6
+    assert (ledger.free, ledger.blank_first(())) == (6, 3)
+    assert Ledger(6, 16).blank_first(()) == 6
 
 
 def test_without_caching_nothing_is_known() -> None:
@@ -136,7 +136,7 @@ def test_used_and_free_always_add_up(data: st.DataObject) -> None:
     for holder in holders:
         ledger.give(holder.blank, holder.shared)
     assert ledger.used == 0
-    assert ledger.blank_first <= ledger.free
+    assert ledger.blank_first(()) <= ledger.free
     ledger.take(total)
     assert not any(ledger.known_prefix([key]) for key in range(300))
 

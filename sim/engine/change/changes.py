@@ -249,6 +249,16 @@ class Changes:
         for replica in touched:
             engine.nudge(replica)
 
+    def strand(self) -> int:
+        """Nothing is left to happen, but a cut link holds some up: they fail, the others go on. Returns how many."""
+        engine = self.engine
+        lost = (
+            engine.moves.strand() + self.keeping.strand() + (engine.paths.strand() if engine.paths is not None else 0)
+        )
+        if given_up := self.loading.strand():
+            self._settle_in(self._orphans())
+        return lost + given_up
+
     # ------------------------------------------------------------ changes of plan
 
     def apply(self, change: Change) -> None:
@@ -328,6 +338,8 @@ class Changes:
         if not replica.flights and not any(True for _ in replica.jobs()):
             self.engine.put_away(replica)
             self.note("drained", replica.name)
+            for job in self._orphans():  # whose KV was still on its way to it
+                self.engine.clock.at(self.engine.clock.now_ps + 1, self.target_gone, job)
             self.loading.start()
 
     def _come_up(self, spec: Replica) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sim.engine.clock import Alarm
-from sim.engine.links import Flow
+from sim.engine.links import Flow, cut_for_good
 from sim.engine.replica.job import Job
 from sim.engine.replica.state import ReplicaState
 from sim.types import Replica, Route
@@ -75,9 +75,10 @@ class Keeping:
             engine.changes.reroute(job)
             return
         target.ledger.take(blocks)
-        job.hashes = ()
         job.copied_blocks = job.copies(job.computed_tokens, target.block_size)
         job.blocks = blocks - job.copied_blocks
+        job.published = 0
+        target.publish(job, job.computed_tokens)
         job.route = Route(target.leg, target.leg)
         job.places = (job.places[0], target.name)
         moved_bytes = round(kept.size_bytes)
@@ -98,6 +99,14 @@ class Keeping:
         """Whose new replica will never be up: neither is it now, nor is it among these."""
         up = self._engine.by_leg
         return [self._drop(k) for k in list(self._kept.values()) if k.leg not in up and k.leg not in known]
+
+    def strand(self) -> int:
+        """Nothing is left to happen: KV on a cut link never arrives. Returns how many requests failed."""
+        stuck = [kept for kept in self._kept.values() if kept.flow is not None and kept.flow.stuck]
+        for kept in stuck:
+            reason = cut_for_good(kept.source.name, "its new replica")
+            self._engine.finish(self._drop(kept), "failed", reason)
+        return len(stuck)
 
     def _drop(self, kept: Kept) -> Job:
         if kept.flow is not None:

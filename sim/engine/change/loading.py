@@ -103,6 +103,13 @@ class Loading:
             self._fetched.pop(name, None)
             self._up(self.specs.pop(name))
 
+    def strand(self) -> int:
+        """Nothing is left to happen: weights on a cut link never arrive. Returns how many replicas are given up."""
+        names = [name for name, flows in self._flows.items() if any(flow.stuck for flow in flows.values())]
+        for name in names:
+            self._drop(name)
+        return len(names)
+
     def _drop(self, name: str) -> None:
         del self.specs[name]
         self._fetched.pop(name, None)

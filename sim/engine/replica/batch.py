@@ -5,7 +5,7 @@ Fits ``sim.policy.Batch``; the meaning of every read and action is documented th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -157,7 +157,8 @@ class Draft:
         if job in replica.prefilling:
             del replica.prefilling[job]
             replica.forget_prefill(job)
-        replica.release(job)
+        whole = min(job.computed_tokens, job.target_tokens - 1) // replica.block_size
+        replica.release(job, whole if job.samples == 1 else min(whole, (job.input_tokens - 1) // replica.block_size))
         job.start_over()
         replica.enqueue(job, in_front=True)
 
@@ -172,19 +173,16 @@ class Draft:
         if not 0 < tokens <= wanted:
             raise self._illegal(f"admits {job} with {tokens} tokens; it wants {wanted}")
         known = job.hashes[: cached // ledger.block_size]
+        own = cached // ledger.block_size - len(known)
         keep = job.computed_tokens + cached + tokens
         hold = max(keep, reserve_tokens or 0)
         copies = job.copies(hold, ledger.block_size) - job.copied_blocks
-        need = max(0, ledger.blocks(hold) - job.held_blocks - len(known)) + copies
-        if ledger.free - need - (ledger.idle_blocks(known) if known else 0) < keep_free_blocks:
+        need = max(0, ledger.blocks(hold) - job.held_blocks - len(known) - own) + copies
+        if ledger.free - need - own - (ledger.idle_blocks(known) if known else 0) < keep_free_blocks:
             return False
         del replica.waiting[job]
-        if known:
-            ledger.share(known)
-            job.shared.extend(known)
-            job.published = len(known)
-            job.cached_tokens += cached
-            replica.computed(job, cached)
+        if cached:
+            self._come_back(job, known, own)
         ledger.take(need)
         job.blocks += need - copies
         job.copied_blocks += copies
@@ -270,12 +268,29 @@ class Draft:
     def _cached_tokens(self, job: Job) -> int:
         """Known prefix, less the last block if that would leave nothing to compute (vLLM v1)."""
         ledger = self.replica.ledger
-        if not job.hashes or not ledger.prefix_caching:
+        if not (job.hashes or job.run) or not ledger.prefix_caching:
             return 0
-        return ledger.known_prefix(job.hashes[: (job.target_tokens - 1) // ledger.block_size]) * ledger.block_size
+        known = ledger.known_prefix(job.hashes[: (job.target_tokens - 1) // ledger.block_size])
+        if known == len(job.hashes):
+            known += ledger.kept(job.run)
+        return known * ledger.block_size
+
+    def _come_back(self, job: Job, known: Sequence[Hashable], own: int) -> None:
+        """Hold what is in memory of the job's content: shared by hash, and ``own`` blocks of its run."""
+        ledger = self.replica.ledger
+        ledger.share(known)
+        job.shared.extend(known)
+        job.published = len(known)
+        if own:
+            assert job.run is not None
+            ledger.take_back(job.run)
+            job.blocks += own
+        cached = (len(known) + own) * ledger.block_size
+        job.cached_tokens += cached
+        self.replica.computed(job, cached)
 
     def _join(self, job: Job) -> None:
-        self.replica.idle_cohort().join(job)
+        self.replica.join(job)
         if self.cohort is not None:
             self.replica.ledger.take(self._growth(job))
 

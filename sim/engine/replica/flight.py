@@ -72,13 +72,15 @@ def extend(replica: ReplicaState, flight: Flight) -> None:
     cohort, ledger = flight.cohort, replica.ledger
     if cohort is not None:
         most = min(most, cohort.iterations_to_change())
+        if replica.publishing and (replica.waiting or replica.inbox):
+            most = min(most, replica.iterations_to_publish(cohort))
     for job, tokens in flight.chunks:
         full = (job.remaining_tokens - job.moves_on(replica.leg)) // tokens
         most = min(most, max(1, full))
         if job.hashes and ledger.prefix_caching:
             most = 1  # what it publishes may shorten the prompts that wait
     # a prompt that waits for blocks may need fewer once content that it shares is evicted
-    blocks = ledger.blank_first if replica.waiting else ledger.free
+    blocks = ledger.blank_first(replica.waiting) if replica.waiting else ledger.free
     if most > 1 and not flight.chunks and cohort is not None:
         most = 1 + cohort.iterations_within(blocks, most - 1, skip=1)
     elif most > 1:

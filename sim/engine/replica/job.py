@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Protocol
 
-from sim.memory import beam_tail_blocks, copied_blocks
+from sim.memory import Run, beam_tail_blocks, copied_blocks
 from sim.record import CohortId
 from sim.types import Request, Route, to_ps
 
@@ -58,6 +58,7 @@ class Job:
         "queued_ps",
         "request",
         "route",
+        "run",
         "samples",
         "seat",
         "session",
@@ -91,6 +92,7 @@ class Job:
         self.shared: list[Hashable] = []
         self.queued_ps: int | None = None
         self.published = 0  # hashes[:published] have been looked at for publishing
+        self.run: Run | None = None  # whole blocks beyond those with hashes, left behind when it was preempted
         self.grows = 0  # blocks it takes when it begins a new one, while in a cohort
         self.cohort: Membership | None = None
         self.base = 0
@@ -175,6 +177,8 @@ class Job:
             self.generated_tokens = 0
             self.tokens.clear()
             self.first_token_ps = self.prefill_end_ps = None
+        if forget:
+            self.run = None  # it may be longer than what is computed again
         self.computed_tokens = 0
         self.target_tokens = self.input_tokens + self.generated_tokens
         self.published = 0

@@ -7,9 +7,10 @@ that whoever reads it sees what the step-by-step engine would show.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isqrt
+from operator import itemgetter
 
 from sim.cluster import Path
 from sim.cost import StageCost
@@ -72,8 +73,47 @@ class Delivery:
     parts: deque[tuple[float, int]]
     """(bytes, earliest start ps) still to be sent."""
     sent_bytes: float = 0.0
+    known: Sequence[Hashable] = ()
+    """Of its content, what its target had when it was let in, and holds for it."""
     started_ps: int | None = None
     flow: Flow | None = None
+
+    def known_there(self) -> Sequence[Hashable]:
+        """Hashes of the leading blocks that the target has now, so that they need not move."""
+        hashes, ledger = self.job.hashes, self.target.ledger
+        if not hashes or not ledger.prefix_caching:
+            return ()
+        hashes = hashes[: self.move.tokens // ledger.block_size]
+        return hashes[: ledger.known_prefix(hashes)]
+
+    @property
+    def room(self) -> int:
+        """Blocks that must be free at the target."""
+        known = self.known_there()
+        return self.blocks - len(known) + self.target.ledger.idle_blocks(known) if known else self.blocks
+
+    def let_in(self) -> None:
+        """Take the blocks at the target. Only what is missing there moves."""
+        ledger = self.target.ledger
+        self.known = self.known_there()
+        if self.known:
+            ledger.share(self.known)
+            tokens = self.move.tokens - len(self.known) * ledger.block_size
+            share = tokens / self.move.tokens
+            self.parts = deque([(size_bytes * share, ready_ps) for size_bytes, ready_ps in self.parts])
+            self.move = self.move._replace(tokens=tokens, kv_bytes=round(self.move.kv_bytes * share))
+        ledger.take(self.blocks - len(self.known))
+
+    def hand_over(self) -> None:
+        """The job's blocks are those at the target from now on, and others may find what is in them."""
+        job, target = self.job, self.target
+        job.copied_blocks = job.copies(job.computed_tokens, target.block_size)
+        job.blocks = self.blocks - job.copied_blocks - len(self.known)
+        job.shared = list(self.known)
+        job.published = len(self.known)
+        target.settle()
+        target.publish(job, job.computed_tokens)
+        target.land(job)
 
 
 class ReplicaState:
@@ -117,6 +157,7 @@ class ReplicaState:
         self.prefilling: OrderedDict[Job, None] = OrderedDict()
         self.swapped: OrderedDict[Job, None] = OrderedDict()
         self.paused: OrderedDict[Job, None] = OrderedDict()
+        self.publishing: dict[Job, None] = {}  # decoding, with hashes for blocks that are not full yet
         self.departing: OrderedDict[Job, None] = OrderedDict()  # prefilled here, KV not fetched yet
         self.inbox: deque[Delivery] = deque()  # waiting for room here
         self.arriving: OrderedDict[Job, None] = OrderedDict()  # room taken here, KV on its way
@@ -237,9 +278,41 @@ class ReplicaState:
                 job.blocks -= 1
         job.published = max(job.published, full)
 
-    def release(self, job: Job) -> None:
-        """Give the job's blocks back."""
-        self.ledger.give(job.blocks + job.copied_blocks, job.shared)
+    def join(self, job: Job) -> None:
+        """The job decodes from the next batch on."""
+        self.idle_cohort().join(job)
+        if job.published < len(job.hashes) and job.samples == 1 and self.ledger.prefix_caching:
+            self.publishing[job] = None
+
+    def _publish_answers(self, cohort: Cohort) -> None:
+        """Blocks with hashes that decodes have filled by now, in the order in which they did."""
+        size, full = self.ledger.block_size, []
+        for job in [job for job in self.publishing if job.cohort is cohort]:
+            blocks = min((job.base + cohort.it) // size, len(job.hashes))
+            full += [((block + 1) * size - job.base, job) for block in range(job.published, blocks)]
+            if blocks == len(job.hashes):
+                del self.publishing[job]
+        for at, job in sorted(full, key=itemgetter(0)):
+            self.publish(job, job.base + at)
+
+    def iterations_to_publish(self, cohort: Cohort) -> int:
+        """Until the next block with a hash is full, of the cohort that runs; at least 1."""
+        size, sooner = self.ledger.block_size, cohort.iterations_to_change()
+        for job in self.publishing:
+            if job.cohort is cohort:
+                sooner = min(sooner, (job.published + 1) * size - job.base - cohort.it)
+        return max(1, sooner)
+
+    def release(self, job: Job, whole_blocks: int = 0) -> None:
+        """Give the job's blocks back; of the first ``whole_blocks`` it may come for those that no hash tells of."""
+        own = whole_blocks - len(job.hashes) if self.ledger.prefix_caching else 0
+        self.publishing.pop(job, None)
+        if own > 0:
+            self.ledger.give(job.blocks + job.copied_blocks - own)
+            job.run = self.ledger.keep(own, job)
+            self.ledger.give(0, job.shared)
+        else:
+            self.ledger.give(job.blocks + job.copied_blocks, job.shared)
         job.blocks = job.copied_blocks = 0
         job.shared = []
 
@@ -277,18 +350,29 @@ class ReplicaState:
 
     def progress(self, flight: Flight, done: int, *, started: bool) -> None:
         """Bring the state to ``done`` completed iterations; ``started``: the next one holds its blocks."""
-        steps = done - flight.done
+        cohort, steps = flight.cohort, done - flight.done
+        while cohort is not None and cohort.size and self.publishing and steps:
+            few = min(steps, self.iterations_to_publish(cohort))
+            self._advance(flight, few, few - 1)  # the iteration under way has its blocks already
+            self._publish_answers(cohort)  # before the next one takes any, which may evict what it would find
+            steps -= few
+            if steps or started:
+                self._advance(flight, 0, 1)
+        if steps:
+            self._advance(flight, steps, steps if started else steps - 1)
+        flight.done = done
+
+    def _advance(self, flight: Flight, steps: int, charged: int) -> None:
+        """So many iterations on, with the blocks of ``charged`` ones: those after the one under way."""
         cohort = flight.cohort
-        charged = steps if started else steps - 1  # the iteration under way has its blocks already
         if cohort is not None and cohort.size:
             if charged:
-                self.ledger.take(cohort.growth(charged, skip=1))
+                self.ledger.take(cohort.growth(charged, skip=steps > 0))
             cohort.advance(steps)
         for job, tokens in flight.chunks:
             if charged:
-                self.hold(job, job.computed_tokens + tokens * (charged + 1))
+                self.hold(job, job.computed_tokens + tokens * (charged + (steps > 0)))
             self.computed(job, tokens * steps)
-        flight.done = done
 
     def hold(self, job: Job, tokens: int) -> None:
         """Take the blocks that so many tokens of the job need beyond those it has."""
