@@ -72,10 +72,6 @@ def vllm(
     return System(
         name="vllm",
         mirrors=MIRRORS[mode] if version is None and mode != "v1" else f"vLLM {known.name} ({mode.upper()} scheduler)",
-        if mode != "v1" and version is None
-        else f"vLLM {known.name} (V1 scheduler)"
-        if mode == "v1"
-        else f"vLLM {known.name} (V0 scheduler)",
         planner=planner,
         router=router,
         batcher=batcher,
