@@ -1,7 +1,7 @@
 """How fast the planners are: seconds of a plan and of a lightweight re-plan, and evaluations per second.
 
 ``python -m experiments.benchmarks.bench_plan`` plans LLaMA-30B on 32 mixed GPUs of four types and with ``--large`` on
-128; the figures are of one run on whatever else the machine does.
+128; ``--quality`` says how good plans are (``quality.py``). Times are of one run on whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from experiments.benchmarks.quality import report
 from sim import Cluster, Problem, Slo, Workload
 from sim.cost import Roofline
 from sim.model import model
@@ -64,7 +65,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--large", action="store_true", help="also 128 GPUs (minutes)")
     parser.add_argument("--steps", type=int, default=100, help="tabu steps of a full search (default 100)")
+    parser.add_argument(
+        "--quality", action="store_true", help="goodput of plans beside bounds and simple layouts (minutes)"
+    )
+    parser.add_argument("--only", action="append", default=[], help="with --quality: cases with this in their names")
     options = parser.parse_args()
+    if options.quality:
+        report(options.only)
+        return
     tabu = TabuSearch(n_steps=options.steps)
     for times in (1, 4) if options.large else (1,):
         where = mixed(times)

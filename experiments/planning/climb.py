@@ -29,10 +29,10 @@ SEARCHED = 4
 NEIGHBOURS = 14
 """Of the best layout, in a round."""
 MOST_TRIALS = 120
+REQUESTS_A_GPU, FEWEST_GPUS = 4000, 24
+"""Simulated in the race, of a cluster of at least so many GPUs: what it may cost, whatever the machine's speed."""
 TRIALS_A_STEP = 4
 """Of the search's own ``n_steps``: who wants a short search gets a short race."""
-RESERVED = 40
-"""More trials, for the rates of others than the best, and for the least rent."""
 AGAIN_STEPS = 10
 """Of the planner's search at the rate that is carried."""
 TP_DEGREES = (1, 2, 4, 8)
@@ -81,17 +81,17 @@ class Ascent:
         self.survey = Survey(self.problem, planner.transfer, spot=self.spot)
         until_s = inf if seconds is None else time.perf_counter() + seconds
         most = min(MOST_TRIALS, TRIALS_A_STEP * max(1, planner.n_steps))
-        self.race = Race(Trials(setup), most, until_s, progress)
+        self.most_requests = REQUESTS_A_GPU * max(FEWEST_GPUS, len(self.problem.cluster.gpu_ids))
+        self.race = Race(Trials(setup), most, self.most_requests, until_s, progress)
 
     def run(self, offered: Sequence[Plan], top: int) -> Climbed:
         bound = self.survey.capacity.bound()
-        baselines = self._baselines()
+        baselines = self._by_place()
         self.race.enter(self._of_shapes(self.survey.shapes(colocated=self.colocated), "capacity LP"))
-        self.race.enter([one for several in baselines.values() for one in several])
-        self.race.enter(self._simple())
+        self.race.enter(one for several in baselines.values() for one in several)
+        self.race.enter(self.by_hand())
         self.race.enter(self._of_plans(offered[:SEARCHED], "tabu search"), first=SEARCHED)
         self._iterate()
-        self.race.most_trials += RESERVED
         rated = tuple(self._rated(several) for several in baselines.values())
         for one in rated:
             self.race.note(one)
@@ -122,7 +122,8 @@ class Ascent:
                 found.append(self._of(replace(placed, plan=plan), label))
         return found
 
-    def _simple(self) -> list[Contender]:
+    def by_hand(self) -> list[Contender]:
+        """Every division of the types into prefill and decode."""
         found = []
         for label, shape in self.survey.split_by_type():
             placed = self.survey.placer.of(shape)
@@ -130,7 +131,11 @@ class Ascent:
                 found.append(self._of(placed, label))
         return found
 
-    def _baselines(self) -> dict[str, list[Contender]]:
+    def colocated_vllm(self) -> list[Contender]:
+        """On all GPUs and on each type alone, at every TP."""
+        return [one for several in self._by_place().values() for one in several]
+
+    def _by_place(self) -> dict[str, list[Contender]]:
         """Colocated vLLM at every TP that fits, by where: all GPUs, and each type alone."""
         names = list(dict.fromkeys(kind.node.gpu.name for kind in self.survey.kinds))
         found: dict[str, list[Contender]] = {}
@@ -191,7 +196,9 @@ class Ascent:
             return ()
         others = [one for one in self.race.entered.values() if one.key != best.key]
         others.sort(key=lambda one: -(one.goodput_per_s or min(one.likely_per_s, self.race.rate_per_s)))
-        rated = [one if one.goodput_per_s else self.race.rated(one, COARSE) for one in others[: top - 1]]
+        rated = [
+            one if one.goodput_per_s or self.race.late else self.race.rated(one, COARSE) for one in others[: top - 1]
+        ]
         return tuple(sorted([best, *rated], key=lambda one: -(one.goodput_per_s or 0.0)))
 
     def _rated(self, several: Sequence[Contender]) -> Contender:

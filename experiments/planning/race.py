@@ -26,7 +26,7 @@ from traces import TraceSource
 
 GAIN = 1.02
 """Over the best so far, to beat it."""
-FINE, COARSE = 0.015, 0.04
+FINE, COARSE = 0.015, 0.06
 """Share of a rate to which the goodput of the best is found, and that of others."""
 MARGIN = 1.15
 """What the LP says may be so much too low: it takes mean lengths for all."""
@@ -63,14 +63,16 @@ class Trials:
     def __init__(self, setup: Setup) -> None:
         self._lengths_s = longest_s(setup)
         self._streams: dict[tuple[str, float], list[Request]] = {}
-        self.count = 0
+        self.count = self.requests = 0
 
     def passed(self, one: Contender, rate_per_s: float) -> bool:
         """At the scenario's seed."""
         self.count += 1
         setup, slo = one.setup, one.setup.problem.slo
         problem = replace(setup.problem, workload=replace(setup.problem.workload, rate_per_s=rate_per_s))
-        source = TraceSource(self._requests(setup, rate_per_s))
+        requests = self._requests(setup, rate_per_s)
+        self.requests += len(requests)
+        source = TraceSource(requests)
         columns = simulate(problem, setup.system, source, plan=one.plan, predictor=setup.predictor).columns
         late = columns["arrival_s"] >= np.median(columns["arrival_s"])
         halves = columns, {name: values[late] for name, values in columns.items()}
@@ -99,10 +101,11 @@ class Trials:
 
 @dataclass(slots=True)
 class Race:
-    """The best so far, who has been tried, and all who entered. ``most_trials``, ``until_s``: then it ends."""
+    """The best so far, who has been tried, and all who entered. ``most_*``, ``until_s``: then it ends."""
 
     trials: Trials
     most_trials: int
+    most_requests: float = inf
     until_s: float = inf
     progress: Callable[[int, float], None] = lambda step, best: None
     best: Contender | None = None
@@ -111,7 +114,13 @@ class Race:
 
     @property
     def over(self) -> bool:
-        return self.trials.count >= self.most_trials or time.perf_counter() >= self.until_s
+        spent = self.trials.count >= self.most_trials or self.trials.requests >= self.most_requests
+        return spent or self.late
+
+    @property
+    def late(self) -> bool:
+        """The time asked for is up."""
+        return time.perf_counter() >= self.until_s
 
     @property
     def rate_per_s(self) -> float:
@@ -151,6 +160,9 @@ class Race:
         """With its own rate, whoever is best; None if it keeps the SLO at no rate."""
         low, high = 0.0, inf
         rate = one.likely_per_s
+        if one.key in self.tried and self.best is not None:  # it lost
+            high = self.rate_per_s * GAIN
+            rate = min(rate, 0.94 * high)
         for _ in range(HALVINGS):
             if self.trials.passed(one, rate):
                 low = rate

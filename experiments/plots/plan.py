@@ -24,6 +24,8 @@ IDLE = "#eeeeee"
 WIDEST = 7.0
 """Points, of the arrow with the largest share."""
 MOST_LABELS = 24
+MOST_BOXES = 10
+"""Replicas that have a box each."""
 
 
 def search_curve(log: Sequence[LogRow]) -> Drawing:
@@ -52,7 +54,8 @@ def cluster_drawing(cluster: Cluster, plan: Plan) -> Drawing:
     rows = ceil(len(cluster.nodes) / MACHINES_A_ROW)
     tall = sum(_row_height(cluster, row) for row in range(rows))
     split = any(replica.role != "mixed" for replica in plan.replicas)
-    most = max(sum(r.role == role for r in plan.replicas) for role in ("prefill", "decode", "mixed"))
+    boxes = _boxes(cluster, plan)
+    most = max(sum((box[0].role == "decode") == right for box in boxes) for right in (False, True))
     with styled():
         figure = Figure(
             figsize=(13 if split else 8, max(4.5, 0.85 * tall + 1, 0.55 * most + 1.5)), layout="constrained"
@@ -149,20 +152,53 @@ def _inside(replica: Replica, gpu: str, labels: dict[str, str]) -> str:
 def _flows(
     axes: Axes, cluster: Cluster, plan: Plan, labels: dict[str, str], colours: dict[str, tuple[float, float, float]]
 ) -> None:
-    """Arrows as wide as the shares; without shares the router chooses by itself and there are none."""
+    """Arrows as wide as the shares; without shares the router chooses by itself and there are none.
+
+    Replicas that are alike are one box where there are many. What a replica of both phases serves is in its box.
+    """
+    boxes = _boxes(cluster, plan)
+    box_of = {name: box[0].name for box in boxes for name in (one.name for one in box)}
+    shares: dict[tuple[str, str], float] = {}
+    for (prefill, decode), share in plan.shares.items():
+        pair = box_of[prefill], box_of[decode]
+        shares[pair] = shares.get(pair, 0.0) + share
     places: dict[str, tuple[float, float]] = {}
     for x in (0.0, 1.0):
-        column = [replica for replica in plan.replicas if (replica.role == "decode") == (x == 1)]
-        for number, replica in enumerate(column):
-            y = 1 - (number + 0.5) / len(column)
-            places[replica.name] = (x, y)
-            edge = {"boxstyle": "round,pad=0.35", "facecolor": colours[replica.name], "edgecolor": "#444444"}
-            text = f"{labels[replica.name]}  {_hardware(cluster, replica)}"
+        column = [box for box in boxes if (box[0].role == "decode") == (x == 1)]
+        for number, box in enumerate(column):
+            first, y = box[0], 1 - (number + 0.5) / len(column)
+            places[first.name] = (x, y)
+            edge = {"boxstyle": "round,pad=0.35", "facecolor": colours[first.name], "edgecolor": "#444444"}
+            text = f"{_called(box, labels)}  {_hardware(cluster, first)}"
+            if (first.name, first.name) in shares:
+                text += f": {shares.pop((first.name, first.name)):.0%}"
             axes.text(x, y, text, ha="left" if x else "right", va="center", fontsize=8, bbox=edge)
-    largest = max(plan.shares.values(), default=1.0)
-    for (prefill, decode), share in sorted(plan.shares.items(), key=lambda item: item[1]):
-        if prefill == decode:
-            continue  # no KV moves
+    _arrows(axes, shares, places)
+    axes.set_xlim(-0.75, 1.75)
+    axes.set_ylim(-0.02, 1.02)
+    axes.axis("off")
+    axes.set_title("KV flows: share of the requests" if plan.shares else "replicas (the router chooses the pairs)")
+
+
+def _boxes(cluster: Cluster, plan: Plan) -> list[list[Replica]]:
+    """One a replica; where there are many, those of the same phase and hardware together."""
+    if len(plan.replicas) <= MOST_BOXES:
+        return [[one] for one in plan.replicas]
+    alike: dict[tuple[str, str], list[Replica]] = {}
+    for one in plan.replicas:
+        alike.setdefault((one.role, _hardware(cluster, one)), []).append(one)
+    return list(alike.values())
+
+
+def _called(box: Sequence[Replica], labels: dict[str, str]) -> str:
+    """``P0``, ``P0 P1 P2``, or ``9 P (P0 ... P8)``."""
+    names = [labels[one.name] for one in box]
+    return " ".join(names) if len(names) < 4 else f"{len(names)} {names[0][0]} ({names[0]} ... {names[-1]})"
+
+
+def _arrows(axes: Axes, shares: dict[tuple[str, str], float], places: dict[str, tuple[float, float]]) -> None:
+    largest = max(shares.values(), default=1.0)
+    for (prefill, decode), share in sorted(shares.items(), key=lambda item: item[1]):
         (x0, y0), (x1, y1) = places[prefill], places[decode]
         width = max(0.6, WIDEST * share / largest)
         style = f"simple,tail_width={width:.2f},head_width={width + 5:.2f},head_length=9"
@@ -178,16 +214,12 @@ def _flows(
             alpha=0.55,
         )
         axes.add_patch(arrow)
-        if len(plan.shares) <= MOST_LABELS:
-            earlier = list(plan.shares)[: list(plan.shares).index((prefill, decode))]
+        if len(shares) <= MOST_LABELS:
+            earlier = list(shares)[: list(shares).index((prefill, decode))]
             near = 0.14 + 0.13 * sum(pair[0] == prefill for pair in earlier)
             x, y = x0 + 0.05 + (x1 - x0 - 0.1) * near, y0 + (y1 - y0) * near
             box = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
             axes.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=7.5, bbox=box)
-    axes.set_xlim(-0.75, 1.75)
-    axes.set_ylim(-0.02, 1.02)
-    axes.axis("off")
-    axes.set_title("KV flows: share of the requests" if plan.shares else "replicas (the router chooses the pairs)")
 
 
 def _hardware(cluster: Cluster, replica: Replica) -> str:
