@@ -180,8 +180,12 @@ class View(Protocol):
     @property
     def plan(self) -> Plan: ...
     @property
-    def replicas(self) -> Sequence[ReplicaView]:
+    def up(self) -> Sequence[ReplicaView]:
         """Replicas that are up and accept requests, in the plan's order."""
+
+    @property
+    def replicas(self) -> Sequence[ReplicaView]:
+        """Those of ``up`` that can hold the request which is being routed, or dispatched (all, if none can)."""
 
     def replica(self, name: str) -> ReplicaView: ...
     def with_role(self, *roles: Role) -> Sequence[ReplicaView]:
