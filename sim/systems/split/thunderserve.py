@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -113,7 +114,7 @@ class Reschedule:
         worth = [self._worth(problem, one, view) for one in found]
         best = worth.index(max(worth))
         plan = found[best].plan if worth[best] > self._as_it_is(problem, kept) + LEAST_GAIN else kept
-        if plan.replicas == view.plan.replicas and (plan is kept or plan == view.plan):
+        if plan == view.plan or (plan is kept and _is_up(plan, view)):
             return None
         roles = {one.name: one.role for one in plan.replicas}
         whole = tuple(replace(one, role=roles.get(one.name, one.role)) for one in groups.replicas)
@@ -149,10 +150,21 @@ class Reschedule:
         return (1 - part) * candidate.attainment + part * meanwhile
 
 
+def _is_up(plan: Plan, view: View) -> bool:
+    """Nobody has to come up, and whoever is up has a share: routers make do."""
+    names = {one.name for one in plan.replicas}
+    with_shares = {name for pair in _left(view.plan.shares, names) for name in pair}
+    return names == {one.name for one in view.replicas} and (not view.plan.shares or with_shares == names)
+
+
+def _left(shares: Mapping[tuple[str, str], float], names: Set[str]) -> dict[tuple[str, str], float]:
+    return {pair: share for pair, share in shares.items() if share > 0 and names >= set(pair)}
+
+
 def _reached(plan: Plan) -> Plan:
     """Shares of the pairs that are left; if a replica has none of them, every pair counts alike."""
     names = {one.name for one in plan.replicas}
-    shares = {pair: share for pair, share in plan.shares.items() if share > 0 and names >= set(pair)}
+    shares = _left(plan.shares, names)
     if {name for pair in shares for name in pair} != names:
         by_role = {role: [one.name for one in plan.replicas if one.role == role] for role in ("prefill", "decode")}
         pairs = [(a, b) for a in by_role["prefill"] for b in by_role["decode"]]
