@@ -29,7 +29,7 @@ SEARCHED = 4
 NEIGHBOURS = 14
 """Of the best layout, in a round."""
 MOST_TRIALS = 120
-REQUESTS_A_GPU, FEWEST_GPUS = 4000, 24
+REQUESTS_A_GPU, FEWEST_GPUS = 3000, 24
 """Simulated in the race, of a cluster of at least so many GPUs: what it may cost, whatever the machine's speed."""
 TRIALS_A_STEP = 4
 """Of the search's own ``n_steps``: who wants a short search gets a short race."""
