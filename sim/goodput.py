@@ -3,6 +3,8 @@
 Pure: whoever calls says what share of the requests is within the SLO at a rate and a seed, so nothing here knows the
 engine. ``goodput`` is the whole search; ``highest_rate`` and ``bisected_rate`` are the searches of one seed.
 
+What a trial must be like is one rule for all: as many requests as ``trial_requests`` says, judged by ``sustained``.
+
 All of them are monotone by construction: who passes at every rate where another passes is never given a lower rate,
 however noisy both are, since at the first trial where the two differ the other one turns back below it.
 """
@@ -12,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf, sqrt
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from sim.metrics import Columns, Estimate, attainment, estimate
 from sim.types import ConfigError, Slo
@@ -42,6 +46,76 @@ def attained(columns: Columns, slo: Slo, criterion: Criterion = "joint") -> floa
         )
         raise ConfigError(f"goodput: {what}")
     return joint if criterion == "joint" else min(bounds)
+
+
+# ---------------------------------------------------------------- what a trial must be like
+
+LEAST_REQUESTS = 300
+SPANS = 4.0
+"""Ours: a trial lasts so many times as long as a request may take. Fewer requests would only fill the queues."""
+BINS = 8
+GROWTH = 0.02
+GROWTH_SURE = 3.0
+"""Ours: a queue grows if, over the last three quarters of the arrivals, requests take longer by so many seconds a
+second, along a line that is so many standard errors steep."""
+
+
+def longest_s(slo: Slo, mean_output_tokens: float) -> float | None:
+    """Seconds that a mean request may take within the SLO (of classes, the most); None if it bounds nothing."""
+    times = [longest_s(one, mean_output_tokens) for one in slo.classes.values()]
+    by_parts = (slo.ttft_s or 0.0) + (slo.tpot_s or 0.0) * max(0.0, mean_output_tokens - 1)
+    if slo.e2e_s is not None:
+        times.append(min(slo.e2e_s, by_parts or inf))
+    elif by_parts:
+        times.append(by_parts)
+    return max((time for time in times if time is not None), default=None)
+
+
+def trial_requests(slo: Slo, mean_output_tokens: float, rate_per_s: float) -> int:
+    """Requests that a trial at this rate takes at least."""
+    life_s = longest_s(slo, mean_output_tokens) or 0.0
+    return max(LEAST_REQUESTS, ceil(SPANS * life_s * rate_per_s))
+
+
+def growing(columns: Columns) -> bool:
+    """Whether requests take longer and longer while they arrive: less is served than comes.
+
+    Where a part of what comes is left over, the wait of who comes grows by that part of each second. It is seen in the
+    seconds from arrival to end, less what they owe to the request's own length (by least squares, since a trace's
+    lengths drift), averaged over ``BINS`` groups in order of arrival. Who was refused or failed does not count; who is
+    still running has taken until the end of the run at least.
+    """
+    kept = np.flatnonzero(np.isin(columns["outcome"], ("completed", "running")))
+    kept = kept[np.argsort(columns["arrival_s"][kept], kind="stable")][len(kept) // 4 :]
+    if len(kept) < 4 * BINS:
+        return False
+    arrival_s = columns["arrival_s"][kept]
+    e2e_s = columns["e2e_s"][kept]
+    end_s = float(np.nanmax(columns["arrival_s"] + np.where(np.isnan(columns["e2e_s"]), 0.0, columns["e2e_s"])))
+    taken_s = np.where(np.isnan(e2e_s), end_s - arrival_s, e2e_s)
+    lengths = [columns[name][kept].astype(float) for name in ("input_tokens", "output_tokens")]
+    table = np.column_stack([np.ones(len(kept)), *lengths, arrival_s - arrival_s[0]])
+    by_length = np.linalg.lstsq(table, taken_s, rcond=None)[0][1:3]
+    queued_s = taken_s - table[:, 1:3] @ by_length
+    groups = np.array_split(np.arange(len(kept)), BINS)
+    x = np.array([arrival_s[group].mean() for group in groups])
+    y = np.array([queued_s[group].mean() for group in groups])
+    x = x - x.mean()
+    if not x @ x > 0:
+        return False
+    slope = float(x @ y / (x @ x))
+    rest = y - y.mean() - slope * x
+    error = sqrt(float(rest @ rest) / (BINS - 2) / float(x @ x))
+    return slope > GROWTH and slope > GROWTH_SURE * error
+
+
+def sustained(columns: Columns, slo: Slo, criterion: Criterion = "joint") -> float:
+    """The share within the SLO as ``attained`` has it, and 0 where the queue grows: that rate is beyond what is served.
+
+    Raises as ``attained`` does.
+    """
+    share = attained(columns, slo, criterion)
+    return 0.0 if growing(columns) else share
 
 
 # ---------------------------------------------------------------- one seed

@@ -125,7 +125,9 @@ def _read(folder: Path, kind: str, name: str, columns: Sequence[str]) -> tuple[p
     """The newest version's table, in seconds, and that version."""
     files = sorted(folder.glob(f"{kind}/vllm/*/{name}.parquet"))
     if not files:
-        raise ConfigError(f"{folder}: no {kind}/vllm/VERSION/{name}.parquet below it; copy the folder anew")
+        others = sorted({path.parts[-3] for path in folder.glob(f"{kind}/*/*/{name}.parquet")})
+        mend = f"its tables of {', '.join(others)} are not read" if others else "copy the folder anew"
+        raise ConfigError(f"{folder}: no {kind}/vllm/VERSION/{name}.parquet below it; {mend}")
     return _checked(files[-1], columns), files[-1].parent.name
 
 

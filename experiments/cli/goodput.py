@@ -31,7 +31,7 @@ def goodput(
     seeds: Annotated[int, typer.Option(min=1, help="searches, with the scenario's seed and the next ones")] = 3,
     tolerance: Annotated[float, typer.Option(help="share of the rate to which it is found")] = 0.02,
     max_rate: Annotated[
-        float | None, typer.Option(help="highest rate tried (requests/s); default: what the trace is long enough for")
+        float | None, typer.Option(help="highest rate tried (requests/s); default: as high as the SLO is attained")
     ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", "--jobs", min=1, help="processes; default: one per processor")
@@ -114,8 +114,9 @@ def _print(rows: list[dict[str, Any]], around: list[dict[str, Any]]) -> None:
         )
     console.print(table)
     for row in rows:
-        if row["reason"] is not None:
-            console.print(f"{row['system']}: {row['reason']}", highlight=False, markup=False, soft_wrap=True)
+        for text in (row["reason"], row["remark"]):
+            if text is not None:
+                console.print(f"{row['system']}: {text}", highlight=False, markup=False, soft_wrap=True)
     if around:
         console.print(_curve(around))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from experiments.runs.rundir import Run
     from sim.types import Slo
 
 Goodput = Annotated[
@@ -56,10 +58,30 @@ def export(
         print(perfetto)
     if vllm_bench is not None and kept is not None:
         bench.write_bench(
-            vllm_bench, kept, slo=slo or _if_bounded(slo_of(run)), backend="phasewise", model_id=run.summary["model"],
-            num_prompts=len(run.requests), request_rate=run.summary["workload"]["rate_per_s"],
+            vllm_bench, kept, slo=slo or _if_bounded(slo_of(run)), backend="phasewise", endpoint_type="phasewise",
+            model_id=run.summary["model"], num_prompts=len(run.requests), **_about(run_dir, run),
         )  # fmt: skip
         print(vllm_bench)
+
+
+def _about(run_dir: Path, run: Run) -> dict[str, Any]:
+    """When the run was, and what its scenario says of arrivals and clients, in vLLM's terms."""
+    from datetime import datetime
+
+    from experiments.runs.rundir import MARK
+    from experiments.runs.vllm_bench import DATE
+    from sim.outside import is_file, read_yaml
+
+    scenario = read_yaml(run_dir / "scenario.yaml", "scenario") if is_file(run_dir / "scenario.yaml") else {}
+    workload = scenario.get("workload") or {} if isinstance(scenario, dict) else {}
+    cv = workload.get("cv") if workload.get("arrivals") == "gamma" else None
+    rate = (run.summary.get("workload") or {}).get("rate_per_s")
+    return {
+        "date": f"{datetime.fromtimestamp((run_dir / MARK).stat().st_mtime):{DATE}}",
+        "request_rate": rate if rate and isfinite(rate) else "inf",
+        "burstiness": 1 / cv**2 if cv else 1.0,
+        "max_concurrency": (workload.get("closed_loop") or {}).get("clients"),
+    }
 
 
 def _if_bounded(slo: Slo) -> Slo | None:

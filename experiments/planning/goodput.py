@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from math import ceil, inf, log2
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from experiments.jobs.workers import Here, process_pool
 from experiments.runs.comparison import Given, variants
 from experiments.runs.rundir import MARK, environment, into_folder, write_json
 from experiments.scenario.file import Scenario, load
+from experiments.scenario.requests import RequestStream
 from experiments.scenario.resolve import Setup, resolve
 from experiments.sweeps.sweep import means
-from sim.goodput import CRITERIA, HALVINGS, Criterion, Goodput, attained
+from sim.goodput import CRITERIA, HALVINGS, Criterion, Goodput, growing, sustained, trial_requests
 from sim.goodput import goodput as bisected
+from sim.goodput import longest_s as longest_within
 from sim.metrics import BOUNDS, attainment
 from sim.types import ConfigError, Slo
 
@@ -31,11 +34,13 @@ if TYPE_CHECKING:
 
 AROUND = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
 """Rates of the curve, over the goodput."""
+MOST_TIMES = 4096.0
+"""The workload's own rate: no higher one is tried unless asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is asked for. ``target`` and ``max_rate_per_s``: None for the SLO's, and for what the trace allows."""
+    """What is asked for. ``target`` and ``max_rate_per_s``: None for the SLO's, and for as high as it goes."""
 
     target: float | None = None
     criterion: Criterion = "joint"
@@ -57,21 +62,26 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """The scenario at any rate and seed; what crosses to another process."""
+    """The scenario at any rate and seed, for as long as a trial must last; what crosses to another process."""
 
     scenario: Scenario
     criterion: Criterion
 
     def __call__(self, rate_per_s: float, seed: int) -> float:
         setup = self._setup(rate_per_s, seed)
-        return attained(setup.run().columns, setup.problem.slo, self.criterion)
+        return sustained(setup.run().columns, setup.problem.slo, self.criterion)
 
-    def row(self, rate_per_s: float, seed: int) -> dict[str, float | None]:
-        """Attainment jointly, by bound and by the criterion."""
+    def row(self, rate_per_s: float, seed: int) -> dict[str, float | bool | None]:
+        """Attainment jointly, by bound and by the criterion (0 where the queue grows)."""
         setup = self._setup(rate_per_s, seed)
         columns, slo = setup.run().columns, setup.problem.slo
-        shares = attainment(columns, slo)
-        return {"rate_per_s": rate_per_s, "seed": seed, **shares, "judged": attained(columns, slo, self.criterion)}
+        return {
+            "rate_per_s": rate_per_s,
+            "seed": seed,
+            **attainment(columns, slo),
+            "judged": sustained(columns, slo, self.criterion),
+            "queue_grows": growing(columns),
+        }
 
     def quantiles(self, rate_per_s: float, seed: int, share: float) -> dict[str, float]:
         """Each bounded latency that ``share`` of the requests keep; infinite where fewer completed."""
@@ -87,7 +97,33 @@ class Replay:
         return found
 
     def _setup(self, rate_per_s: float, seed: int) -> Setup:
-        return resolve(self.scenario.at(rate_per_s=rate_per_s, seed=seed))
+        return long_enough(resolve(self.scenario.at(rate_per_s=rate_per_s, seed=seed)))
+
+
+def long_enough(setup: Setup, least: int = 0) -> Setup:
+    """With as many requests as a trial at its rate takes, or ``least``: what is drawn goes on, a recording begins anew.
+
+    ``ConfigError`` if its workload is cut to a time that is too short.
+    """
+    rate_per_s = setup.scenario.workload.rate
+    if rate_per_s is None or setup.scenario.workload.closed_loop is not None:
+        return setup
+    need = max(least, needed(setup, rate_per_s))
+    if sum(1 for _ in islice(setup.requests, need)) >= need:
+        return setup
+    spec = setup.requests
+    longer = RequestStream(spec.workload, seed=spec.seed, max_model_len=spec.max_model_len, at_least=need)
+    count = sum(1 for _ in islice(longer, need))
+    if count < need:
+        raise ConfigError(
+            f"{setup.scenario.where}: workload: start_s and end_s leave {count:,} requests at {rate_per_s:.4g} "
+            f"requests/s, too few to see a queue grow ({need:,}); drop them"
+        )
+    return replace(setup, requests=longer)
+
+
+def needed(setup: Setup, rate_per_s: float) -> int:
+    return trial_requests(setup.problem.slo, setup.problem.workload.mean_output_tokens, rate_per_s)
 
 
 def goodput(
@@ -115,16 +151,15 @@ def search(
 ) -> tuple[dict[str, Any], Goodput]:
     """One system's row of the table, and everything that was tried.
 
-    A row without a rate has the ``reason``. ``ConfigError`` if the SLO is absent or the trace too short to tell.
+    A row without a rate has the ``reason``; ``remark`` says if trials were longer than the workload. ``ConfigError`` if
+    the SLO is absent.
     """
     setup = resolve(scenario)
     target = settings.target or setup.problem.slo.attainment
-    life_s, count = longest_s(setup), sum(1 for _ in setup.requests)
-    allowed = count / life_s
-    high = settings.max_rate_per_s or allowed
-    if high > allowed:
-        raise ConfigError(f"--max-rate {high:g}: {_too_short(count, high, life_s)}")
-    start = min(setup.problem.workload.rate_per_s, high)
+    longest_s(setup)
+    start = setup.problem.workload.rate_per_s
+    high = settings.max_rate_per_s or start * MOST_TIMES
+    start = min(start, high)
     replay = Replay(scenario=scenario, criterion=settings.criterion)
     seeds = range(scenario.seed, scenario.seed + settings.seeds)
     found = bisected(
@@ -132,29 +167,30 @@ def search(
         tolerance=settings.tolerance, executor=executor, done=done,
     )  # fmt: skip
     rates = found.by_seed.values()
-    if settings.max_rate_per_s is None and max(rates) >= high:
-        raise ConfigError(f"{scenario.where}: {target:.0%} is reached even when {_too_short(count, high, life_s)}")
     reason = None if any(rates) else _why_not(replay, start / 2**HALVINGS, target, setup.problem.slo)
-    return {**_row(setup, found, target, settings.criterion, high), "reason": reason}, found
+    remark = extension(setup, max(trial.rate_per_s for trial in found.trials))
+    return {**_row(setup, found, target, settings.criterion, high), "reason": reason, "remark": remark}, found
+
+
+def extension(setup: Setup, rate_per_s: float) -> str | None:
+    """What a trial at this rate adds to the workload, in words."""
+    need = needed(setup, rate_per_s)
+    count = sum(1 for _ in islice(setup.requests, need))
+    if count >= need:
+        return None
+    recorded = any(stream.generate is None for stream in setup.scenario.workload.streams.values())
+    how = f"begun anew {need / count:.1f} times" if recorded else "drawn on"
+    return f"trials had up to {need:,} requests, so as to see queues grow; the workload's {count:,} were {how}"
 
 
 def longest_s(setup: Setup) -> float:
     """Seconds that a request of mean length may take within the SLO."""
-    slo, mean = setup.problem.slo, setup.problem.workload.mean_output_tokens
-    if (slo.ttft_s, slo.tpot_s, slo.e2e_s) == (None, None, None):
+    found = longest_within(setup.problem.slo, setup.problem.workload.mean_output_tokens)
+    if found is None:
         raise ConfigError(
             f"{setup.scenario.where}: slo: it bounds nothing, so there is no goodput; set slo.ttft_s, tpot_s or e2e_s"
         )
-    by_parts = (slo.ttft_s or 0.0) + (slo.tpot_s or 0.0) * max(0.0, mean - 1)
-    return by_parts if slo.e2e_s is None else min(slo.e2e_s, by_parts or inf)
-
-
-def _too_short(count: int, rate_per_s: float, longest_s: float) -> str:
-    return (
-        f"the trace's {count:,} requests arrive within {count / rate_per_s:.3g} s (at {rate_per_s:.4g} requests/s), no "
-        f"longer than the {longest_s:.3g} s that one may take; it is too short: give more requests "
-        "(workload.limit, generate.requests)"
-    )
+    return found
 
 
 def _why_not(replay: Replay, lowest: float, target: float, slo: Slo) -> str:

@@ -324,11 +324,21 @@ def minimum(setup: Setup) -> dict[str, float]:
 
 
 def tried(option: Option, requests: int) -> Option:
-    """With its attainment and dollars per token on the first requests of the workload, in the engine."""
+    """With its attainment and dollars per token on the first requests of the workload, in the engine.
+
+    Where arrivals are drawn, as many as a trial of goodput has, if that is more.
+    """
     setup = option.setup
     spec = setup.scenario.workload
-    short = spec.model_copy(update={"limit": min(requests, spec.limit or requests)})
-    stream = RequestStream(short, seed=setup.scenario.seed, max_model_len=setup.requests.max_model_len)
+    need = requests
+    if spec.rate is not None:
+        need = max(requests, goodput.needed(setup, setup.problem.workload.rate_per_s))
+    stream = RequestStream(
+        spec.model_copy(update={"limit": min(need, spec.limit or need)}),
+        seed=setup.scenario.seed,
+        max_model_len=setup.requests.max_model_len,
+        at_least=None if spec.rate is None else need,
+    )
     result = simulate(setup.problem, setup.system, stream.source(), plan=option.plan, predictor=setup.predictor)
     columns = result.columns
     tokens = int(columns["output_tokens"][columns["outcome"] == "completed"].sum())
@@ -337,9 +347,12 @@ def tried(option: Option, requests: int) -> Option:
 
 
 def too_brief(option: Option, requests: int) -> str | None:
-    """Why so few requests cannot tell whether queues grow: they all arrive before one has to be done."""
+    """Why so few recorded requests cannot tell whether queues grow: they all arrive before one has to be done."""
     problem = option.setup.problem
-    if problem.slo.ttft_s is problem.slo.tpot_s is problem.slo.e2e_s is None:
+    if (
+        option.setup.scenario.workload.rate is not None
+        or problem.slo.ttft_s is problem.slo.tpot_s is problem.slo.e2e_s is None
+    ):
         return None
     span_s, longest_s = requests / problem.workload.rate_per_s, goodput.longest_s(option.setup)
     if span_s > longest_s:

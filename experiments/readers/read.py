@@ -93,7 +93,7 @@ def _check(path: Path, measured: Measured) -> None:
             what = f"{path}: {measured.source}: a {key} {name} of"
             if value is None or value == 0:
                 continue
-            if value < least:
+            if value < least and measured.bench is None:
                 raise ConfigError(f"{what} {value:.3g} s is not possible: were seconds written as milliseconds?")
             if value > LONGEST_S or (span and name != "ITL" and value > 1.05 * span):
                 longer = f"longer than the benchmark's {span:.4g} s" if span and value > span else "days"

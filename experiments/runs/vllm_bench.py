@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,12 @@ MS_PER_S = 1000.0
 BOUNDS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2el": "e2e_s"}
 """vLLM's names of the latencies that a goodput may bound, and ours."""
 ARRAYS = ("input_lens", "output_lens", "ttfts", "itls")
+DATE = "%Y%m%d-%H%M%S"
+ABOUT = {
+    "date": None, "endpoint_type": "openai", "backend": "openai", "label": None, "model_id": None, "tokenizer_id": None,
+    "num_prompts": None, "request_rate": "inf", "burstiness": 1.0, "max_concurrency": None,
+}  # fmt: skip
+"""What vLLM says about a benchmark (``main_async``), in its order."""
 UNSERVED = "not served"
 """For a request that failed without a reason."""
 
@@ -55,8 +62,19 @@ def of_run(run: Run) -> Bench:
 
 
 def write_bench(path: Path, bench: Bench, *, slo: Slo | None = None, **more: object) -> None:
-    """Write the JSON; ``slo`` adds ``request_goodput``, ``more`` further fields such as ``model_id``."""
-    fields = {**more, **figures(bench, slo), **_arrays(bench)}
+    """Write the JSON with every field of ``vllm bench serve --save-result --save-detailed``, and ``latencies``.
+
+    ``slo`` adds ``request_goodput``; ``more``: fields about the benchmark, in place of ``ABOUT``.
+    """
+    fields = {
+        **ABOUT,
+        "date": f"{datetime.now():{DATE}}",
+        **more,
+        **figures(bench, slo),
+        **peaks(bench),
+        **_arrays(bench),
+    }
+    fields["tokenizer_id"] = fields["tokenizer_id"] or fields["model_id"]
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_text(json.dumps(fields, allow_nan=False) + "\n", encoding="utf-8")
@@ -89,6 +107,27 @@ def figures(bench: Bench, slo: Slo | None = None) -> dict[str, Any]:
     }
 
 
+def peaks(bench: Bench) -> dict[str, Any]:
+    """The busiest second, as vLLM counts it: in whole seconds from the first sending, over served requests. ``rtfx`` is
+    about audio."""
+    rows = bench.requests
+    done = (rows["outcome"] == "completed").to_numpy() & rows["arrival_s"].notna().to_numpy()
+    starts, first, e2e = (rows[name].to_numpy(dtype=float)[done] for name in ("arrival_s", "ttft_s", "e2e_s"))
+    if not len(starts):
+        return {"max_output_tokens_per_s": 0.0, "max_concurrent_requests": 0, "rtfx": 0.0}
+    starts = starts - starts.min()
+    begun, ended = starts.astype(int), (starts + e2e).astype(int)
+    open_at_once = np.bincount(begun, minlength=ended.max() + 2) - np.bincount(ended + 1, minlength=ended.max() + 2)
+    gaps = [bench.gaps_s[place] for place in np.flatnonzero(done)] if bench.gaps_s else []
+    times = [start + ttft + np.r_[0.0, np.cumsum(gap)] for start, ttft, gap in zip(starts, first, gaps, strict=False)]
+    tokens = np.bincount(np.concatenate(times).astype(int)) if times else np.zeros(1)
+    return {
+        "max_output_tokens_per_s": float(tokens.max()),
+        "max_concurrent_requests": int(np.cumsum(open_at_once).max()),
+        "rtfx": 0.0,
+    }
+
+
 def _spread(name: str, seconds: NDArray[np.float64]) -> list[tuple[str, float | None]]:
     values = MS_PER_S * seconds[~np.isnan(seconds)]
     if not values.size:
@@ -110,6 +149,7 @@ def _arrays(bench: Bench) -> dict[str, list[Any]]:
         "itls": [gaps.tolist() if ok else [] for gaps, ok in zip(bench.gaps_s, done, strict=True)],
         "latencies": np.where(done, rows["e2e_s"], 0.0).tolist(),
         "start_times": rows["arrival_s"].tolist(),
+        "generated_texts": [""] * len(rows),
         "errors": errors,
     }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +39,7 @@ from traces import (
     with_rate,
 )
 
+Spec = TypeVar("Spec", bound=StreamSpec)
 SAMPLE = "sample"
 ARRIVALS_STREAM, GENERATE_STREAM, THINK_STREAM = 100, 101, 102
 """Spawn keys of this module's random streams; the engine's own are 0 and up."""
@@ -47,10 +50,16 @@ class RequestStream:
 
     ``skipped`` and ``truncated`` count those of the last whole iteration. With the rule ``reject`` a request over
     ``max_model_len`` stays in the stream: the engine rejects it and says so in the result.
+
+    ``at_least`` so many requests come, where arrivals are drawn: distributions go on, traces begin anew, with sessions
+    and prefixes of their own.
     """
 
-    def __init__(self, workload: WorkloadSpec, *, seed: int, max_model_len: int | None) -> None:
+    def __init__(
+        self, workload: WorkloadSpec, *, seed: int, max_model_len: int | None, at_least: int | None = None
+    ) -> None:
         self.workload = workload
+        self.at_least = at_least
         self.seed = seed
         self.max_model_len = max_model_len
         self.rule = workload.too_long
@@ -100,16 +109,32 @@ class RequestStream:
     def _unclamped(self) -> Iterable[Request]:
         spec = self.workload
         if not spec.mix:
-            return self._paced("", spec, self._rate_per_s, ())
+            return self._paced("", self._extended(spec), self._rate_per_s, ())
         rate, shares = self._rate_per_s, sum(klass.share for klass in spec.mix.values())
         parts = [
             RequestClass(
                 name=name,
-                requests=self._paced(name, klass, None if rate is None else rate * klass.share / shares, (place,)),
+                requests=self._paced(
+                    name, self._extended(klass), None if rate is None else rate * klass.share / shares, (place,)
+                ),
             )
             for place, (name, klass) in enumerate(spec.mix.items())
         ]
-        return _cut(mix(parts), spec)
+        merged = _cut(mix(parts), self._extended(spec))
+        return merged if self.at_least is None else limit(merged, self.at_least)
+
+    def _extended(self, spec: Spec) -> Spec:
+        """The stream with no fewer requests than ``at_least``; a trace is repeated where it is read."""
+        least = self.at_least
+        if least is None:
+            return spec
+        known: dict[str, Any] = {}
+        if spec.limit is not None and (spec.generate is not None or (isinstance(spec, WorkloadSpec) and spec.mix)):
+            known["limit"] = max(spec.limit, least)
+        if spec.generate is not None:
+            more = {"requests": max(spec.generate.requests, least)}
+            known["generate"] = spec.generate.model_copy(update=more)
+        return spec.model_copy(update=known)
 
     @property
     def _rate_per_s(self) -> float | None:
@@ -124,6 +149,8 @@ class RequestStream:
             stream = _cut(_generated(spec.generate, rate_per_s, self._seed(GENERATE_STREAM, *key), pace), spec)
         else:
             stream = _cut(self._readers[name], spec)
+            if self.at_least is not None:
+                stream = repeated(partial(_cut, self._readers[name], spec), self.at_least)
             if rate_per_s is not None:
                 rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(ARRIVALS_STREAM, *key)))
                 stream = with_rate(stream, rate_per_s, rng=rng, **pace)
@@ -132,6 +159,25 @@ class RequestStream:
 
     def _seed(self, *key: int) -> int:
         return int(np.random.SeedSequence(self.seed, spawn_key=key).generate_state(1)[0])
+
+
+def repeated(once: Callable[[], Iterable[Request]], at_least: int) -> Iterator[Request]:
+    """A recording, begun anew until ``at_least`` requests have come; arrivals are for whoever draws them."""
+    count = 0
+    for turn in itertools.count():
+        before = count
+        for request in once():
+            if turn and count >= at_least:
+                return
+            yield replace(
+                request,
+                id=count,
+                session=f"{request.session}/{turn}" if turn and request.session is not None else request.session,
+                prefix=tuple(hash((turn, block)) for block in request.prefix) if turn else request.prefix,
+            )
+            count += 1
+        if count >= at_least or count == before:
+            return
 
 
 def _cut(stream: Iterable[Request], spec: StreamSpec) -> Iterable[Request]:

@@ -19,8 +19,8 @@ from experiments.runs.progress import Log
 from experiments.studies.published import Comparison, Study, row
 from sim import SYSTEMS, Cluster, Plan, Problem, Slo, System, Workload, simulate
 from sim.cost import Roofline
-from sim.goodput import bisected_rate, bracketing
-from sim.metrics import attainment_curve
+from sim.goodput import bisected_rate, bracketing, sustained, trial_requests
+from sim.metrics import Columns, attainment_curve
 from sim.model import model
 from sim.planners.hexgen import HexGen
 from sim.systems.split.distserve import poisson
@@ -96,13 +96,21 @@ class Served:
         self.system, self.plan, self.unit_s, self.slack, self.size = system, plan, unit_s, slack, size
 
     def shares(self, rate_per_s: float, scales: Sequence[float]) -> list[float]:
-        requests = poisson(self.problem.workload.lengths, rate_per_s, self.size.requests, seed=1)
-        columns = simulate(self.problem, self.system, TraceSource(requests), plan=self.plan).columns
+        columns = self._columns(rate_per_s, self.size.requests)
         return [share or 0.0 for share in attainment_curve(columns, Slo(e2e_s=self.unit_s), scales)]
 
     def rate(self) -> float:
-        search = bracketing(0.5, 500.0, TOLERANCE)
-        return bisected_rate(lambda rate: self.shares(rate, [self.slack])[0] >= TARGET, search)
+        slo = Slo(e2e_s=self.unit_s * self.slack)
+
+        def share(rate_per_s: float) -> float:
+            need = trial_requests(slo, self.problem.workload.mean_output_tokens, rate_per_s)
+            return sustained(self._columns(rate_per_s, max(self.size.requests, need)), slo)
+
+        return bisected_rate(lambda rate: share(rate) >= TARGET, bracketing(0.5, 500.0, TOLERANCE))
+
+    def _columns(self, rate_per_s: float, count: int) -> Columns:
+        requests = poisson(self.problem.workload.lengths, rate_per_s, count, seed=1)
+        return simulate(self.problem, self.system, TraceSource(requests), plan=self.plan).columns
 
     def deadline(self, rate_per_s: float) -> float:
         shares = self.shares(rate_per_s, SCALES)

@@ -21,7 +21,8 @@ from experiments.plots.style import GUIDE_COLOUR, RUN_COLOURS, Drawing, save, st
 from experiments.runs.progress import Log
 from sim import SYSTEMS, Cluster, Plan, Problem, Request, Slo, Workload, simulate
 from sim.cost import Roofline
-from sim.goodput import attained, bisected_rate, bracketing
+from sim.goodput import attained, bisected_rate, bracketing, sustained, trial_requests
+from sim.metrics import Columns
 from sim.model import model
 from sim.planners.thunderserve import TabuSearch
 from sim.planners.thunderserve.groups import Grouping, neighbour
@@ -84,6 +85,10 @@ def problem(machines: Sequence[tuple[str, int]], gbps: float, name: str, rate_pe
 
 def simulated(where: Problem, plan: Plan, rate_per_s: float, count: int) -> float:
     """Share of the requests of one Poisson stream within the SLO."""
+    return attained(replayed(where, plan, rate_per_s, count), where.slo)
+
+
+def replayed(where: Problem, plan: Plan, rate_per_s: float, count: int) -> Columns:
     gaps = np.random.default_rng(5).exponential(size=count)
     requests = [
         Request(id=number, arrival_s=float(arrival), input_tokens=tokens, output_tokens=answer)
@@ -91,7 +96,7 @@ def simulated(where: Problem, plan: Plan, rate_per_s: float, count: int) -> floa
             zip(np.cumsum(gaps) / rate_per_s, lengths(count), strict=True)
         )
     ]
-    return attained(simulate(where, SYSTEM, TraceSource(requests), plan=plan).columns, where.slo)
+    return simulate(where, SYSTEM, TraceSource(requests), plan=plan).columns
 
 
 def walk(world: World, seed: int) -> Iterator[Grouping]:
@@ -176,10 +181,13 @@ def hardest(where: Problem) -> Problem:
 
 def goodput(where: Problem, plan: Plan) -> float:
     """Highest rate at which the plan, its shares kept, attains the SLO in a simulation."""
-    rate = where.workload.rate_per_s
-    return bisected_rate(
-        lambda tried: simulated(where, plan, tried, 800) >= ATTAINMENT, bracketing(rate, 8 * rate, TOLERANCE)
-    )
+    rate, answer = where.workload.rate_per_s, where.workload.mean_output_tokens
+
+    def passes(tried: float) -> bool:
+        columns = replayed(where, plan, tried, trial_requests(where.slo, answer, tried))
+        return sustained(columns, where.slo) >= ATTAINMENT
+
+    return bisected_rate(passes, bracketing(rate, 8 * rate, TOLERANCE))
 
 
 # ---------------------------------------------------------------- what is written

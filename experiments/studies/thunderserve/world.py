@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import ceil, inf
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sim import SYSTEMS, Cluster, ConfigError, Plan, Problem, Slo, System, Workload, simulate
 from sim.cost import Roofline
-from sim.goodput import attained, bisected_rate, bracketing
+from sim.goodput import bisected_rate, bracketing, sustained, trial_requests
 from sim.metrics import Columns, attainment_curve
 from sim.model import ModelSpec, model
 from sim.planners.hexgen2 import HexGen2
@@ -24,8 +24,6 @@ from traces import Lognormal, TraceSource, generate
 TARGET = 0.9
 CANDIDATES = 5
 """Of a search, tried in the engine."""
-SPANS = 2.0
-"""A trial lasts at least so many times as long as a request may take: fewer requests would only fill the queues."""
 SLO_SCALE = 20.0
 """Bounds over what the mean request takes alone on two A100: our choice, searched where deadlines are compared."""
 SCALES = tuple(round(float(scale), 3) for scale in np.geomspace(1, 40, 75))
@@ -127,8 +125,9 @@ class Served:
     rate_per_s: float
 
     def columns(self, rate_per_s: float, size: Size, events: Sequence[ClusterEvent] = (), count: int = 0) -> Columns:
-        count = count or max(size.requests, ceil(SPANS * (self.problem.slo.e2e_s or 0.0) * rate_per_s))
-        requests = poisson(self.problem.workload.lengths, rate_per_s, count, seed=1)
+        known = self.problem.workload
+        count = count or max(size.requests, trial_requests(self.problem.slo, known.mean_output_tokens, rate_per_s))
+        requests = poisson(known.lengths, rate_per_s, count, seed=1)
         told = at(self.problem, rate_per_s)
         return simulate(told, self.system, TraceSource(requests), plan=self.plan, events=events).columns
 
@@ -139,8 +138,8 @@ class Served:
         return replace(self, rate_per_s=bisected_rate(lambda rate: self.share(rate, size) >= TARGET, search))
 
     def share(self, rate_per_s: float, size: Size) -> float:
-        """Of the requests within the SLO."""
-        return attained(self.columns(rate_per_s, size), self.problem.slo)
+        """Of the requests within the SLO; 0 where the queue grows."""
+        return sustained(self.columns(rate_per_s, size), self.problem.slo)
 
     def deadline_scale(self, rate_per_s: float, size: Size) -> float:
         """The tightest SLO, over the reference, that the target share of the requests keeps at a rate."""

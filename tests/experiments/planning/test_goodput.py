@@ -19,7 +19,18 @@ from experiments.jobs.workers import Here
 from experiments.planning.goodput import Replay
 from experiments.scenario.file import Scenario
 from sim import ConfigError, Slo
-from sim.goodput import Goodput, attained, bisected_rate, bracketing, goodput, halving
+from sim.goodput import (
+    LEAST_REQUESTS,
+    Goodput,
+    attained,
+    bisected_rate,
+    bracketing,
+    goodput,
+    growing,
+    halving,
+    sustained,
+    trial_requests,
+)
 from tests.command import call
 
 SEARCH: dict[str, Any] = {"start": 1.0, "high": 1000.0, "tolerance": 0.01, "executor": Here()}
@@ -123,6 +134,52 @@ def test_settings_out_of_range(more: dict[str, Any]) -> None:
         goodput(lambda rate, seed: 1.0, **{"target": 0.9, "seeds": [0], **SEARCH, **more})
 
 
+# ------------------------------------------------------------ what a trial must be like
+
+
+def test_a_trial_is_long_against_what_a_request_may_take() -> None:
+    """1 s and 20 more tokens of 0.1 s: 3 s, of which four times as long, at 50 requests/s."""
+    assert trial_requests(Slo(ttft_s=1.0, tpot_s=0.1), 21.0, 50.0) == 600
+    assert trial_requests(Slo(ttft_s=1.0, tpot_s=0.1, e2e_s=2.0), 21.0, 100.0) == 800
+    assert trial_requests(Slo(ttft_s=1.0), 21.0, 0.1) == LEAST_REQUESTS
+    assert trial_requests(Slo(classes={"a": Slo(ttft_s=5.0), "b": Slo(ttft_s=1.0)}), 21.0, 50.0) == 1000
+
+
+def served(load: float, count: int, seed: int = 0) -> dict[str, Any]:
+    """A server of ten requests/s, first come first served."""
+    rng = np.random.default_rng(seed)
+    arrivals = np.cumsum(rng.exponential(1.0, count)) / (10 * load)
+    free_s, times = 0.0, []
+    for arrival in arrivals.tolist():
+        free_s = max(free_s, arrival) + 0.1
+        times.append(free_s - arrival)
+    table = columns(times, [0.0] * count)
+    return {**table, "arrival_s": arrivals, "input_tokens": np.full(count, 9)}
+
+
+def test_a_queue_that_grows_fails_whatever_the_share_within_the_slo() -> None:
+    """At 1.13 times what is served 500 requests wait less than 7 s, and are all within a minute."""
+    slo = Slo(ttft_s=60.0)
+    assert attained(served(1.13, 500), slo) == 1.0
+    assert growing(served(1.13, 500))
+    assert sustained(served(1.13, 500), slo) == 0.0
+    assert sustained(served(0.8, 500), slo) == 1.0
+
+
+@pytest.mark.parametrize(("load", "least", "most"), [(0.5, 0, 1), (0.8, 0, 3), (1.1, 85, 100), (1.3, 100, 100)])
+def test_how_often_growth_is_seen(load: float, least: int, most: int) -> None:
+    """Of 100 seeds, 1,000 requests each: hardly ever below capacity, nearly always above."""
+    assert least <= sum(growing(served(load, 1000, seed)) for seed in range(100)) <= most
+
+
+def test_who_was_refused_is_gone() -> None:
+    table = served(0.5, 400)
+    table["outcome"] = np.where(np.arange(400) % 2, "rejected", table["outcome"])
+    table["e2e_s"] = np.where(np.arange(400) % 2, np.nan, table["e2e_s"])
+    assert not growing(table)
+    assert not growing({name: values[:20] for name, values in served(2.0, 400).items()})  # too few to say
+
+
 # ------------------------------------------------------------ joint and separate
 
 
@@ -223,6 +280,23 @@ def test_systems_side_by_side_as_a_table(scenario: Path, capsys: pytest.CaptureF
     assert "requests per $" in text
 
 
+def test_a_short_workload_goes_on_and_says_so(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = call("goodput", scenario, "--seeds", 1, "--tolerance", 0.2, "--jobs", 1, "--json",
+                "--set", "workload.generate.requests=3")  # fmt: skip
+    [row] = json.loads(capsys.readouterr().out)["goodput"]
+    assert code == 0
+    assert re.fullmatch("trials had up to [0-9]+ requests, .*; the workload's 3 were drawn on", row["remark"])
+    assert row["rate_per_s"] > 1
+
+
+def test_a_recording_begins_anew(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("three.csv").write_text("arrival_s,input_tokens,output_tokens\n0,700,8\n1,800,8\n2,1200,8\n")
+    code = call("goodput", scenario, "--seeds", 1, "--tolerance", 0.2, "--jobs", 1,
+                "--set", "workload={trace: three.csv, rate: 20}")  # fmt: skip
+    assert code == 0
+    assert "the workload's 3 were begun anew 100.0 times" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_rate_limit_that_is_reached_says_at_least(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("goodput", scenario, "--max-rate", 2, "--seeds", 1, "--jobs", 1) == 0
     assert "at least 2" in capsys.readouterr().out
@@ -241,8 +315,7 @@ def test_what_cannot_be_reached_says_what_requests_need(scenario: Path, capsys: 
     ("options", "message"),
     [
         (["--set", "slo={}"], "bounds nothing, so there is no goodput; set slo.ttft_s, tpot_s or e2e_s"),
-        (["--set", "workload.generate.requests=3"], "3 requests arrive within 0.36 s .* give more requests"),
-        (["--max-rate", "10000"], "--max-rate 10000: the trace's 60 requests arrive within 0.006 s"),
+        (["--set", "workload.end_s=2"], "workload: start_s and end_s leave [0-9]+ requests at [0-9.]+ requests/s"),
         (["--target", "1.5"], "--target 1.5: must be greater than 0 and at most 1"),
         (["--tolerance", "0"], "--tolerance 0 --seeds 1: give a share between 0 and 1"),
         (["--criterion", "both"], "--criterion both: must be joint or separate"),

@@ -250,10 +250,19 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert len(text.splitlines()) == 1
 
 
-def test_a_trace_too_short_to_tell_is_pointed_out(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At 500 requests/s all 60 have come before the first must have been answered."""
-    assert plan(scenario, "--requests", 60, "--set", "workload.rate=500", "--top", 1) == 0
-    assert "too few to see queues grow" in capsys.readouterr().err
+def test_a_recording_too_short_to_tell_is_pointed_out(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All 60 have come before the first must have been answered."""
+    lines = [f"{0.002 * number:g},200,20" for number in range(60)]
+    Path("short.csv").write_text("\n".join(["arrival_s,input_tokens,output_tokens", *lines]))
+    plan(scenario, "--requests", 60, "--set", "workload={trace: short.csv}", "--top", 1)
+    text = capsys.readouterr().err
+    assert "too few to see queues grow" in text
+
+
+def test_drawn_arrivals_go_on_until_overload_is_seen(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At 500 requests/s 60 would come before the first must have been answered."""
+    assert plan(scenario, "--requests", 60, "--set", "workload.rate=500", "--top", 1) == 3
+    assert "in the simulation" in capsys.readouterr().err
 
 
 def test_a_plan_for_another_cluster_names_the_gpu_that_is_missing(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.runs.rundir import Run, read_run, write_run
-from experiments.runs.vllm_bench import figures, goodput_slo, of_run, read_bench, write_bench
+from experiments.runs.vllm_bench import figures, goodput_slo, of_run, peaks, read_bench, write_bench
 from sim import SYSTEMS, ConfigError, Slo
 from sim.metrics import summarise
 from sim.record import REQUEST_COLUMNS
@@ -200,3 +200,31 @@ def test_reading_and_writing_again_changes_nothing(
     again = read_bench(folder / "b.json")
     assert figures(again) == figures(first)
     assert again.requests.equals(first.requests)
+
+
+VLLM_KEYS = {
+    "date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate",
+    "burstiness",
+    "max_concurrency", "duration", "completed", "failed", "total_input_tokens", "total_output_tokens",
+    "request_throughput", "request_goodput", "output_throughput", "total_token_throughput", "max_output_tokens_per_s",
+    "max_concurrent_requests", "rtfx", "input_lens", "output_lens", "ttfts", "itls", "start_times", "generated_texts",
+    "errors",
+    *(f"{word}_{name}_ms" for word in ("mean", "median", "std", "p99") for name in ("ttft", "tpot", "itl", "e2el")),
+}  # fmt: skip
+"""What vllm/benchmarks/serve.py writes with --save-result --save-detailed."""
+
+
+def test_every_field_of_vllm_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    write_bench(path, of_run(finished_run()), model_id="tiny", num_prompts=12)
+    written = json.loads(path.read_text())
+    assert VLLM_KEYS - written.keys() == set()
+    assert (written["tokenizer_id"], written["request_rate"], written["label"]) == ("tiny", "inf", None)
+    assert written["generated_texts"] == [""] * 12
+
+
+def test_the_busiest_second(real: Callable[..., Path]) -> None:
+    """By hand: sent at 0.5 and 2.0; served 0.5 + 0.5, 0.1, 0.2 s, and 2.0 + 0.25 s; seconds count from the first."""
+    found = peaks(read_bench(real()))
+    assert found == {"max_output_tokens_per_s": 3.0, "max_concurrent_requests": 1, "rtfx": 0.0}
+    assert peaks(read_bench(real(start_times=[1.0, 1.5, 1.2])))["max_concurrent_requests"] == 2
