@@ -147,6 +147,11 @@ class OverheadSpec(Part):
 class EngineSpec(Part):
     """The serving engine's settings, under vLLM's names; null: the system's default."""
 
+    version: str | None = Field(
+        default=None,
+        description="vLLM's release whose defaults hold for the settings that are null; null: 0.20 under vllm",
+        examples=["0.20"],
+    )
     max_num_seqs: Count | None = Field(default=None, description="most sequences in a step", examples=[256])
     max_num_batched_tokens: Count | None = Field(default=None, description="most tokens in a step", examples=[2048])
     block_size: Count | None = Field(default=None, description="tokens in a KV block", examples=[16])
