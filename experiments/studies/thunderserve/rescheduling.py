@@ -1,9 +1,10 @@
 """Rescheduling against none: random losses of machines and random shifts of the workload on ThunderServe's cloud.
 
-``python -m experiments.studies.thunderserve.rescheduling [--cases 50] [--how lightweight]``. Each case draws a
-workload, a plan (by a short search), a load, and a machine that is lost a minute in, or, in every third case, the other
-workload that comes from two minutes on. It prints the share within the SLO from then on without rescheduling and with it, and
-how often and how much either is ahead.
+``python -m experiments.studies.thunderserve.rescheduling [--cases 50] [--how lightweight]``.
+
+Each case draws a workload, a plan (by a short search), a load, and a machine that is lost a minute in, or, in every
+third case, the other workload that comes from two minutes on. It prints the share within the SLO from then on without
+rescheduling and with it, and how often and how much either is ahead.
 """
 
 from __future__ import annotations
