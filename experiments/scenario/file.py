@@ -259,7 +259,7 @@ class Scenario(Part):
     )
     kv_dtype: Dtype | None = Field(
         default=None,
-        description="of the KV cache (float8 as with vLLM's --kv-cache-dtype fp8); null: the checkpoint's, else 16 bits",
+        description="of the KV cache (float8: vLLM's --kv-cache-dtype fp8); null: the checkpoint's, else 16 bits",
         examples=["float8"],
     )
     workload: WorkloadSpec = Field(
