@@ -94,13 +94,14 @@ class ByShare:
         self._credit: dict[tuple[str, str], float] = {}
 
     def route(self, request: RequestView, view: View) -> Route | Reject:
-        legs = {replica.name: replica.leg for replica in view.replicas}
+        legs = {replica.name: replica.leg for replica in view.up}
         if view.plan is not self._plan or legs != self._legs:
             self._plan, self._legs = view.plan, legs
             self._look(self._up(view, legs))
         if not self._shares:
             return Reject("no (prefill, decode) pair of the plan is up")
-        prefill, decode = self._random(view) if self._draw == "random" else self._next()
+        able = self._able(view)
+        prefill, decode = self._random(able, view) if self._draw == "random" else self._next(able)
         return Route(legs[prefill], legs[decode])
 
     def finished(self, request: RequestView) -> None:
@@ -109,8 +110,8 @@ class ByShare:
     def _up(self, view: View, legs: Container[str]) -> dict[tuple[str, str], float]:
         planned = view.plan.shares
         if not planned:
-            decodes = [replica.name for replica in view.with_role("decode", "mixed")]
-            planned = {(p.name, d): 1.0 for p in view.with_role("prefill", "mixed") for d in decodes}
+            decodes = [one.name for one in view.up if one.role != "prefill"]
+            planned = {(one.name, d): 1.0 for one in view.up if one.role != "decode" for d in decodes}
         up = {pair: share for pair, share in planned.items() if share > 0 and pair[0] in legs and pair[1] in legs}
         total = sum(up.values())
         return {pair: share / total for pair, share in up.items()}
@@ -119,15 +120,23 @@ class ByShare:
         if shares != self._shares:
             self._shares, self._credit = shares, dict.fromkeys(shares, 0.0)
 
-    def _random(self, view: View) -> tuple[str, str]:
+    def _able(self, view: View) -> list[tuple[str, str]]:
+        """Pairs that can hold the request, if there are any."""
         pairs = list(self._shares)
-        return pairs[int(view.rng.choice(len(pairs), p=list(self._shares.values())))]
+        if view.replicas is view.up:
+            return pairs
+        names = {replica.name for replica in view.replicas}
+        return [pair for pair in pairs if names.issuperset(pair)] or pairs
 
-    def _next(self) -> tuple[str, str]:
+    def _random(self, pairs: Sequence[tuple[str, str]], view: View) -> tuple[str, str]:
+        total = sum(self._shares[pair] for pair in pairs)
+        return pairs[int(view.rng.choice(len(pairs), p=[self._shares[pair] / total for pair in pairs]))]
+
+    def _next(self, pairs: Sequence[tuple[str, str]]) -> tuple[str, str]:
         """Whoever is owed most; each request owes every pair its share."""
         for pair, share in self._shares.items():
             self._credit[pair] += share
-        chosen = max(self._credit, key=lambda pair: self._credit[pair])
+        chosen = max(pairs, key=lambda pair: self._credit[pair])
         self._credit[chosen] -= 1.0
         return chosen
 
@@ -224,12 +233,12 @@ class ByAttainment:
         self._place: dict[int, tuple[str, float]] = {}
 
     def route(self, request: RequestView, view: View) -> Route | Reject:
-        if self._seen is None or self._seen[0] is not view.replicas or self._seen[1] is not view.plan:
+        if self._seen is None or self._seen[0] is not view.up or self._seen[1] is not view.plan:
             self._look(view)
         if not self._pairs:
             return Reject("no (prefill, decode) pair of the plan is up")
         slo = view.problem.slo
-        best = self._best(request, slo.classes.get(request.klass, slo) if request.klass else slo)
+        best = self._best(request, slo.classes.get(request.klass, slo) if request.klass else slo, self._able(view))
         pair = self._pairs[best]
         for place, known in enumerate(self._pairs):
             self._owed[place] = min(MOST_OWED, self._owed[place] + known.share)
@@ -247,12 +256,21 @@ class ByAttainment:
 
     # ------------------------------------------------------------ one request
 
-    def _best(self, request: RequestView, slo: Slo) -> int:
+    def _able(self, view: View) -> Sequence[int]:
+        """Places of pairs that can hold the request, if there are any."""
+        places = range(len(self._pairs))
+        if view.replicas is view.up:
+            return places
+        names = {replica.name for replica in view.replicas}
+        return [n for n in places if self._pairs[n].prefill in names and self._pairs[n].decode in names] or places
+
+    def _best(self, request: RequestView, slo: Slo, places: Sequence[int]) -> int:
         ttft_s = {name: self._ttft_s(request, name) for name in self._prefills}
         decoding = {name: self._decoding(request, name) for name in self._decodes}
         later = request.predicted_output_tokens - 1
-        best, least = 0, inf
-        for place, pair in enumerate(self._pairs):
+        best, least = places[0], inf
+        for place in places:
+            pair = self._pairs[place]
             first_s, there = ttft_s[pair.prefill], decoding[pair.decode]
             behind_s = max(there.wait_s, there.ahead * self._mean_input * pair.s_per_token)
             own_s = pair.latency_s + request.input_tokens * (pair.s_per_token + pair.codec_s_per_token)
@@ -288,8 +306,8 @@ class ByAttainment:
     # ------------------------------------------------------------ what is up
 
     def _look(self, view: View) -> None:
-        self._seen = view.replicas, view.plan
-        self._replicas = {replica.name: replica for replica in view.replicas}
+        self._seen = view.up, view.plan
+        self._replicas = {replica.name: replica for replica in view.up}
         self._mean_input = max(1, round(view.problem.workload.mean_input_tokens))
         pairs = list(self._linked(view))
         total = sum(pair.share for pair in pairs)
@@ -305,8 +323,8 @@ class ByAttainment:
     def _linked(self, view: View) -> Iterator[Pair]:
         problem, shares = view.problem, view.plan.shares
         tokens, token_bytes = self._mean_input, problem.model.kv_bytes_per_token()
-        for a in view.with_role("prefill", "mixed"):
-            for b in view.with_role("decode", "mixed"):
+        for a in [one for one in view.up if one.role != "decode"]:
+            for b in [one for one in view.up if one.role != "prefill"]:
                 share = shares.get((a.name, b.name), 0.0) if shares else 1.0
                 if share <= 0:
                     continue

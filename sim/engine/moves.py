@@ -79,8 +79,8 @@ class Moves:
         if epoch != job.epoch:
             return
         assert job.route is not None
-        clock = self._engine.clock
-        answer = cast("Dispatcher", self._engine.router).dispatch(job, self._engine.view)
+        clock, last = self._engine.clock, job.input_tokens + job._output_tokens - 1
+        answer = cast("Dispatcher", self._engine.router).dispatch(job, self._engine.view.of(job, last))
         if isinstance(answer, Reject):
             self._give_up(replica, job, answer.reason)
             return

@@ -176,7 +176,8 @@ class Engine:
         self.unfinished += 1
         if self.observes and not job.epoch:
             self.view.arrivals.append(self.clock.now_ps)
-        route = self.router.route(job, self.view)
+        view = self.view if self.paths is not None else self.view.of(job, job.input_tokens + job._output_tokens - 1)
+        route = self.router.route(job, view)
         if isinstance(route, Reject):
             if self.changes.may_come_up:
                 self.changes.stranded.append(job)

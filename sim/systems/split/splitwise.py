@@ -77,7 +77,7 @@ class ThreePools:
             self._kv_scale = kv_scale(view.problem.model)
         now_s = view.now_s
         due_s = now_s - self.status_delay_s
-        for replica in view.replicas:
+        for replica in view.up:
             reported = self._reports.get(replica.name)
             if reported is None or reported[0] <= due_s:
                 self._reports[replica.name] = (now_s, replica.pending_prefill_tokens)

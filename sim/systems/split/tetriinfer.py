@@ -93,7 +93,7 @@ class TwoLevels:
         if self._reported_s is not None and view.now_s < self._reported_s + self.monitor_s:
             return
         self._reported_s = view.now_s
-        for replica in view.replicas:
+        for replica in view.up:
             light, heavy = self._counts.setdefault(replica.name, [0, 0])
             self._loads[replica.name] = Load(replica.free_blocks * replica.block_size, heavy, light)
 

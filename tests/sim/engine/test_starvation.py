@@ -51,7 +51,9 @@ def could_join(replica: ReplicaState) -> bool:
     """Whoever arrived holds its blocks and only needs those of the next token; whoever is swapped out, or first in line
     with its KV elsewhere, needs room beside the one that runs until both have ended."""
     (runs,) = replica.running
-    seats = replica.max_num_seqs - runs.samples
+    made = getattr(replica.batcher, "_made", None)  # ExeGPT's: its plan may be made for one sequence at a time
+    planned = getattr(made(), "most_decodes", replica.max_num_seqs) if made else replica.max_num_seqs
+    seats = min(replica.max_num_seqs, planned) - runs.samples
     above = replica.ledger.free - replica.ledger.total // 100  # a watermark
     if any(job.samples <= seats and job.samples + runs.samples < above for job in replica.arrived):
         return True
