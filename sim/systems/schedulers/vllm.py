@@ -7,6 +7,7 @@ from typing import Literal
 from sim.batchers import MixedPrompts, PrefillFirst, TokenBudget
 from sim.policy import Batcher, System
 from sim.reschedulers import RestorePlan
+from sim.routers import PrefixAware
 from sim.systems.layout import PoolOption, layout
 from sim.transfers import Whole, in_bits
 from sim.types import ConfigError, Role
@@ -32,12 +33,15 @@ def vllm(
     prefill: PoolOption = None,
     decode: PoolOption = None,
     kv_bits: int = 16,
+    routing: Literal["least_requests", "prefix_aware"] = "least_requests",
+    index_age_s: float = 0.0,
 ) -> System:
     """vLLM: paged KV, continuous batching; V1 token budget or V0 prefill-first; colocated, or split by a KV connector.
 
     ``mode`` paper lets whole prompts join the decodes, v0 never mixes the two; both may swap, and serve groups of
     samples. v1 cuts prompts into chunks, recomputes only, and may go by ``policy`` priority. Replicas get requests by
-    fewest outstanding. With ``prefill`` and ``decode`` pools the decode side pulls the whole prompt's KV,
+    fewest outstanding; ``routing`` prefix_aware: where least is to be computed beside what is cached, by an
+    index at most ``index_age_s`` old. With ``prefill`` and ``decode`` pools the decode side pulls the prompt's KV,
     in ``kv_bits`` a value (16: as it is).
     """
     if mode not in MIRRORS:
@@ -49,6 +53,10 @@ def vllm(
     if policy not in ("fcfs", "priority") or (policy == "priority" and mode != "v1"):
         raise ConfigError(f"system.policy is {policy!r}; vllm v1 has fcfs and priority, v0 and paper have fcfs")
     planner, router = layout(replicas, tp, pp, gpu, prefill, decode)
+    if routing not in ("least_requests", "prefix_aware"):
+        raise ConfigError(f"system.routing is {routing!r}; vllm has least_requests and prefix_aware")
+    if not index_age_s >= 0 or (index_age_s and routing != "prefix_aware"):
+        raise ConfigError(f"system.index_age_s is {index_age_s}; it must be >= 0, and needs routing: prefix_aware")
     transfer = in_bits(Whole(pull=True), kv_bits, moves=prefill is not None or decode is not None)
 
     def batcher(role: Role) -> Batcher:
@@ -62,7 +70,7 @@ def vllm(
         name="vllm",
         mirrors=MIRRORS[mode],
         planner=planner,
-        router=router,
+        router=router if routing == "least_requests" else lambda: PrefixAware(index_age_s=index_age_s),
         batcher=batcher,
         transfer=lambda: transfer,
         rescheduler=RestorePlan,
