@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from sim.cluster import Cluster
+from sim.cluster import Cluster, Gpu
 from sim.cost import StepCost
 from sim.model import ModelSpec
 from sim.types import (
@@ -415,6 +415,8 @@ class System:
     transfer: Callable[[], Transfer]
     rescheduler: Callable[[], Rescheduler]
     limits: Limits = field(default_factory=Limits)
+    defaults: Callable[[Limits, frozenset[str], Sequence[Gpu]], Limits] | None = None
+    """Of an engine whose settings depend on the GPUs: the limits with what is not among the names given filled in."""
     cost: Callable[[StepCost], StepCost] = lambda cost: cost
     model: Callable[[ModelSpec], ModelSpec] = lambda model: model
     """The model with what the system keeps in memory beside it."""

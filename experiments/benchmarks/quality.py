@@ -141,8 +141,9 @@ def measured(case: Case) -> Row:
 def simple(setup: Setup) -> tuple[str, float]:
     """The best of the simple layouts and its rate."""
     ascent = Ascent(setup, colocated=True, seconds=None, progress=lambda step, best: None)
-    race = Race(Trials(setup), MOST_SIMPLE_TRIALS)
+    race = Race(Trials(), MOST_SIMPLE_TRIALS)
     race.enter([*ascent.by_hand(), *ascent.colocated_vllm()])
+    race.confirm()
     return ("none", 0.0) if race.best is None else (race.best.label, race.rate_per_s)
 
 

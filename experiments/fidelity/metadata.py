@@ -16,6 +16,7 @@ from sim.cluster import Gpu, gpu, gpu_called
 from sim.cluster.names import called, match, words
 from sim.memory import UNSEEN_BYTES
 from sim.model import model
+from sim.systems.schedulers.releases import Release, release
 from sim.types import ConfigError
 
 PLACES = (
@@ -59,11 +60,8 @@ SAME_SHAPE = {
     "mistral-small-24b-instruct": "mistral-small-24b", "mistral-small-24b-base": "mistral-small-24b",
     "qwen3-4b-instruct": "qwen3-4b", "qwen3-coder-30b-a3b": "qwen3-30b-a3b", "qwq-32b": "qwen2.5-32b",
 }  # fmt: skip
-V1, V0_CHUNKED_FROM = (0, 8), 32768
-"""The first release whose engine is V1, and the context beyond which V0 cut prompts into chunks."""
 LATEST = (0, 19)
 """Release whose defaults are taken where none is named: the one that the kernel tables are of."""
-LARGE_GPU_BYTES = 70 * 2**30
 MEMORY_TOLERANCE = 0.08
 
 
@@ -135,9 +133,7 @@ def _part(meta: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
     """``where`` is the file named in errors. ``ConfigError`` if model or GPU are missing or unknown.
 
-    Defaults (vllm-project/vllm, by version): blocks of 16 tokens; prefix caching and chunked prefill with V1, so from
-    0.8 on; 0.9 of the memory, 0.92 from 0.20 on (pull request 38284); a prompt admitted only if it fits whole from
-    0.19 on (37307); the rest in ``_batch_defaults`` and ``_asynchronous``. CUDA graphs take no setting here: the
+    Defaults are those of the release (``sim.systems.schedulers.releases``). CUDA graphs take no setting here: the
     kernels' times are those in graphs, and their memory is part of ``sim.memory``.
     """
     look = _Meta(meta, where)
@@ -149,11 +145,12 @@ def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
     if blocks is None:
         look.assumed.append("num_gpu_blocks: what follows from the memory")
     known_longest = longest or model(name).max_position_embeddings
-    chunked = look.flag("enable_chunked_prefill", version >= V1 or known_longest > V0_CHUNKED_FROM)
+    known = release(version)
+    chunked = look.flag("enable_chunked_prefill", known.chunked_prefill(known_longest))
     offline = "llm" in str(look.get("usage_context") or "").lower()
     if look.get("enforce_eager") is True:
         look.assumed.append("steps in CUDA graphs, though enforce_eager is on: launches of small steps are missing")
-    sequences, tokens = _batch_defaults(device, version, offline=offline)
+    sequences, tokens = known.batch(device, offline=offline)
     if not chunked:
         tokens = max(tokens, known_longest)
     limits = Limits(
@@ -162,9 +159,9 @@ def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
         max_model_len=longest,
         block_size=look.integer("block_size", 16),
         num_kv_blocks=blocks,
-        gpu_memory_utilization=look.share("gpu_memory_utilization", 0.92 if version >= (0, 20) else 0.9),
-        prefix_caching=look.flag("enable_prefix_caching", version >= V1),
-        async_scheduling=look.flag("async_scheduling", _asynchronous(look, version, pp)),
+        gpu_memory_utilization=look.share("gpu_memory_utilization", known.gpu_memory_utilization),
+        prefix_caching=look.flag("enable_prefix_caching", known.prefix_caching),
+        async_scheduling=look.flag("async_scheduling", _asynchronous(look, known, pp)),
     )
     return Facts(
         model=name,
@@ -178,40 +175,17 @@ def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
         limits=limits,
         chunked_prefill=chunked,
         long_prefill_token_threshold=look.integer("long_prefill_token_threshold", 0),
-        reserve_full_prompt=look.flag("scheduler_reserve_full_isl", version >= (0, 19)),
+        reserve_full_prompt=look.flag("scheduler_reserve_full_isl", known.reserve_full_prompt),
         assumed=tuple(look.assumed),
     )
 
 
-def _batch_defaults(device: Gpu, version: tuple[int, ...], *, offline: bool) -> tuple[int, int]:
-    """vLLM's ``max_num_seqs`` and ``max_num_batched_tokens``: of a server, or of the ``LLM`` class (``offline``).
-
-    Large GPUs have larger ones (pull requests of vllm-project/vllm): H100 and H200 by name up to 0.8.4 (12369), all of
-    70 GiB and more in 0.8.5 (17073), all of those but the A100 from 0.9 on (17885). The first releases of V1 ran 1,024
-    sequences everywhere, up to 0.8.3 (16158). V0 had one set for all, with 2,048 tokens for chunks from 0.6.5 on
-    (10544); without chunks whatever the longest prompt takes.
-    """
-    if version < V1:
-        return 256, 2048 if version >= (0, 6, 5) else 512
-    roomy = device.memory_bytes >= LARGE_GPU_BYTES
-    if version < (0, 8, 5):
-        large = device.name.startswith(("H100", "H200"))
-    else:
-        large = roomy and (version < (0, 9) or not device.name.startswith("A100"))
-    tokens = (16384 if offline else 8192) if large else (8192 if offline else 2048)
-    return 1024 if large or version < (0, 8, 4) else 256, tokens
-
-
-def _asynchronous(look: _Meta, version: tuple[int, ...], pp: int) -> bool:
-    """vLLM's default: from 0.14 on, but not with pipelines (before 0.15) or speculation by other than EAGLE and MTP.
-
-    Release notes of 0.14.0; pull requests 27614, 31998 and 32359 of vllm-project/vllm.
-    """
-    if version < (0, 14) or (pp > 1 and version < (0, 15)):
-        return False
+def _asynchronous(look: _Meta, known: Release, pp: int) -> bool:
+    """The release's default, but not with speculation by other than EAGLE and MTP (release notes of 0.14.0)."""
     speculation = look.get("speculative_config")
     method = speculation.get("method") if isinstance(speculation, Mapping) else speculation
-    return method is None or "eagle" in str(method).lower() or "mtp" in str(method).lower()
+    plain = method is None or "eagle" in str(method).lower() or "mtp" in str(method).lower()
+    return plain and known.async_scheduling(pp)
 
 
 def _version(look: _Meta) -> tuple[int, ...]:

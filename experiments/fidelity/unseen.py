@@ -20,7 +20,7 @@ import typer
 from calibrate.profile.file import read_profile, shipped_profiles
 from calibrate.profile.relatives import kernels_for
 from experiments.fidelity.constants import SYNCHRONOUS
-from experiments.fidelity.metadata import V1, Facts
+from experiments.fidelity.metadata import Facts
 from experiments.fidelity.recorded import RecordedRun, read_run
 from experiments.fidelity.report import rows_frame, table
 from experiments.fidelity.setup import Following, Recorded, run
@@ -32,6 +32,7 @@ from sim.cost import Overhead, Profile, Roofline
 from sim.memory import kv_blocks, runtime
 from sim.model import ModelSpec, model
 from sim.policy import System
+from sim.systems.schedulers.releases import FIRST_V1
 from sim.systems.schedulers.vllm import vllm
 from sim.types import ConfigError
 
@@ -41,7 +42,7 @@ QUANTILES = (50, 90, 95, 99)
 def system(facts: Facts) -> System:
     """vLLM as the metadata describes it."""
     return vllm(
-        mode="v1" if facts.version >= V1 else "v0",
+        mode="v1" if facts.version >= FIRST_V1 else "v0",
         chunked_prefill=facts.chunked_prefill,
         long_prefill_token_threshold=facts.long_prefill_token_threshold,
         reserve_full_prompt=facts.reserve_full_prompt,

@@ -29,7 +29,7 @@ SEARCHED = 4
 NEIGHBOURS = 14
 """Of the best layout, in a round."""
 MOST_TRIALS = 120
-REQUESTS_A_GPU, FEWEST_GPUS = 4000, 24
+REQUESTS_A_GPU, FEWEST_GPUS = 3000, 24
 """Simulated in the race, of a cluster of at least so many GPUs: what it may cost, whatever the machine's speed."""
 TRIALS_A_STEP = 4
 """Of the search's own ``n_steps``: who wants a short search gets a short race."""
@@ -82,7 +82,7 @@ class Ascent:
         until_s = inf if seconds is None else time.perf_counter() + seconds
         most = min(MOST_TRIALS, TRIALS_A_STEP * max(1, planner.n_steps))
         self.most_requests = REQUESTS_A_GPU * max(FEWEST_GPUS, len(self.problem.cluster.gpu_ids))
-        self.race = Race(Trials(setup), most, self.most_requests, until_s, progress)
+        self.race = Race(Trials(), most, self.most_requests, until_s, progress)
 
     def run(self, offered: Sequence[Plan], top: int) -> Climbed:
         bound = self.survey.capacity.bound()
@@ -95,6 +95,7 @@ class Ascent:
         rated = tuple(self._rated(several) for several in baselines.values())
         for one in rated:
             self.race.note(one)
+        self.race.confirm()
         cheapest = self._cheapest(rated)
         return Climbed(
             bound=bound, contenders=self._leaders(top), baselines=rated, cheapest=cheapest,

@@ -8,20 +8,18 @@ layouts cost little more than a hundred trials. ``goodput_per_s`` of a loser is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from math import ceil, inf
+from math import inf
 
-import numpy as np
-
-from experiments.planning.goodput import longest_s
 from experiments.scenario.requests import RequestStream
 from experiments.scenario.resolve import Setup
 from sim.engine import simulate
-from sim.goodput import attained
+from sim.goodput import attained, sustained, trial_requests
+from sim.metrics import Columns
 from sim.planners.thunderserve.survey import signature
-from sim.types import ConfigError, Plan, Request
+from sim.types import ConfigError, Plan, Request, Slo
 from traces import TraceSource
 
 GAIN = 1.02
@@ -30,11 +28,8 @@ FINE, COARSE = 0.015, 0.06
 """Share of a rate to which the goodput of the best is found, and that of others."""
 MARGIN = 1.15
 """What the LP says may be so much too low: it takes mean lengths for all."""
-FEWEST, MOST = 500, 8000
-"""Requests of a trial."""
-SPANS = 2.0
-LEAST_SPAN_S = 60.0
-"""A trial lasts so long, and so many times what a request of mean length may take."""
+FIRST, MOST = 300, 6000
+"""Requests that a trial of the race looks at first, and at most."""
 HALVINGS = 8
 
 
@@ -58,45 +53,46 @@ class Contender:
 
 
 class Trials:
-    """Whether a layout carries a rate: the share of the SLO is kept over the whole trial, and over its second half."""
+    """Whether a layout carries a rate, by the rule of ``sim.goodput``, on as many requests as that asks for.
 
-    def __init__(self, setup: Setup) -> None:
-        self._lengths_s = longest_s(setup)
-        self._streams: dict[tuple[str, float], list[Request]] = {}
+    A race makes do with ``MOST`` of them, and looks at the first few before: who fails there fails.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[tuple[str, float, int], list[Request]] = {}
         self.count = self.requests = 0
 
-    def passed(self, one: Contender, rate_per_s: float) -> bool:
-        """At the scenario's seed."""
+    def passed(self, one: Contender, rate_per_s: float, *, whole: bool = False) -> bool:
+        """At the scenario's seed; ``whole``: on all requests that the rule asks for."""
         self.count += 1
+        setup = one.setup
+        need = trial_requests(setup.problem.slo, setup.problem.workload.mean_output_tokens, rate_per_s)
+        if whole:
+            return self._kept(one, rate_per_s, need, sustained)
+        need = min(need, MOST)
+        first = max(FIRST, need // 5)
+        return self._kept(one, rate_per_s, first, attained) and self._kept(one, rate_per_s, need, sustained)
+
+    def _kept(self, one: Contender, rate_per_s: float, count: int, judge: Callable[[Columns, Slo], float]) -> bool:
         setup, slo = one.setup, one.setup.problem.slo
         problem = replace(setup.problem, workload=replace(setup.problem.workload, rate_per_s=rate_per_s))
-        requests = self._requests(setup, rate_per_s)
-        self.requests += len(requests)
-        source = TraceSource(requests)
+        source = TraceSource(self._drawn(setup, rate_per_s, count))
+        self.requests += count
         columns = simulate(problem, setup.system, source, plan=one.plan, predictor=setup.predictor).columns
-        late = columns["arrival_s"] >= np.median(columns["arrival_s"])
-        halves = columns, {name: values[late] for name, values in columns.items()}
-        return all(attained(part, slo) >= slo.attainment for part in halves)
+        return judge(columns, slo) >= slo.attainment
 
-    def _requests(self, setup: Setup, rate_per_s: float) -> list[Request]:
-        key = setup.system.name, rate_per_s
+    def _drawn(self, setup: Setup, rate_per_s: float, count: int) -> list[Request]:
+        key = setup.system.name, rate_per_s, count
         if key not in self._streams:
-            count = ceil(rate_per_s * max(LEAST_SPAN_S, SPANS * self._lengths_s))
-            self._streams = {key: list(islice(self._endless(setup, rate_per_s), min(MOST, max(FEWEST, count))))}
-        return self._streams[key]
-
-    def _endless(self, setup: Setup, rate_per_s: float) -> Iterator[Request]:
-        """The workload at this rate; it begins anew, with other arrivals, when it ends."""
-        at_s, number, seed = 0.0, 0, setup.scenario.seed
-        while True:
             spec = setup.scenario.workload.model_copy(update={"rate": rate_per_s})
-            last_s = 0.0
-            for request in RequestStream(spec, seed=seed, max_model_len=setup.requests.max_model_len):
-                yield replace(request, id=number, arrival_s=at_s + request.arrival_s)
-                last_s, number = request.arrival_s, number + 1
-            if not number:
+            stream = RequestStream(
+                spec, seed=setup.scenario.seed, max_model_len=setup.requests.max_model_len, at_least=count
+            )
+            found = list(islice(stream, count))
+            if not found:
                 raise ConfigError("workload: it has no requests; widen start_s and end_s, or name another trace")
-            at_s, seed = at_s + last_s + 1 / rate_per_s, seed + 1
+            self._streams = {key: found} if len(self._streams) > 1 else {**self._streams, key: found}
+        return self._streams[key]
 
 
 @dataclass(slots=True)
@@ -141,6 +137,11 @@ class Race:
             self.note(self._measured(one))
             self.progress(self.trials.count, self.rate_per_s)
         return self.best is not before
+
+    def confirm(self) -> None:
+        """The best's rate by whole trials, where those of the race were cut short."""
+        while self.best is not None and not self.trials.passed(self.best, self.rate_per_s, whole=True):
+            self.best = replace(self.best, goodput_per_s=self.rate_per_s * (1 - FINE))
 
     def note(self, found: Contender) -> None:
         """It was tried, and is the best if its rate is the highest."""

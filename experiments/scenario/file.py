@@ -147,6 +147,11 @@ class OverheadSpec(Part):
 class EngineSpec(Part):
     """The serving engine's settings, under vLLM's names; null: the system's default."""
 
+    version: str | None = Field(
+        default=None,
+        description="vLLM's release whose defaults hold for the settings that are null; null: 0.20 under vllm",
+        examples=["0.20"],
+    )
     max_num_seqs: Count | None = Field(default=None, description="most sequences in a step", examples=[256])
     max_num_batched_tokens: Count | None = Field(default=None, description="most tokens in a step", examples=[2048])
     block_size: Count | None = Field(default=None, description="tokens in a KV block", examples=[16])
@@ -251,6 +256,11 @@ class Scenario(Part):
     dtype: Dtype | None = Field(default=None, description="of the weights; null: the model's own", examples=["float16"])
     cluster: ClusterSpec = Field(
         description="the machines", examples=[{"nodes": [{"gpu": "A100-80G-SXM", "count": 8}]}]
+    )
+    kv_dtype: Dtype | None = Field(
+        default=None,
+        description="of the KV cache (float8: vLLM's --kv-cache-dtype fp8); null: the checkpoint's, else 16 bits",
+        examples=["float8"],
     )
     workload: WorkloadSpec = Field(
         default=WorkloadSpec(), description="what is asked of them", examples=[{"trace": "sample", "rate": 5}]

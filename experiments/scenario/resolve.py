@@ -13,7 +13,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from math import inf
@@ -103,6 +103,7 @@ class Setup:
             "predicted_gpus": self._predicted(figures["unmeasured_gpus"]),
             "step_times": step_times(self.problem, result),
             "served": served(result),
+            "engine": asdict(self.system.limits),
             "workload": workload,
             "predictor": self.predictor.name,
             "seed": self.problem.seed,
@@ -145,8 +146,14 @@ def resolve(scenario: Scenario) -> Setup:
         )
         system = build_system(scenario.system)
         the_model = model(scenario.model, scenario.dtype)
+        if scenario.kv_dtype is not None:
+            the_model = replace(the_model, kv_dtype=scenario.kv_dtype)
         longest = context(scenario, the_model) or system.limits.max_model_len
-        system = system.with_limits(replace(system.limits, max_model_len=longest))
+        limits = replace(system.limits, max_model_len=longest)
+        if system.defaults is not None:
+            kinds = {node.gpu.name: node.gpu for node in cluster.nodes}
+            limits = system.defaults(limits, frozenset(_stated(scenario.system)), list(kinds.values()))
+        system = system.with_limits(limits)
         requests = RequestStream(scenario.workload, seed=scenario.seed, max_model_len=longest)
         workload = known_workload(requests)
         problem = Problem(
@@ -201,17 +208,30 @@ def build_system(spec: SystemSpec) -> System:
             if option in EngineSpec.model_fields:
                 raise ConfigError(f"system.{option}: is a setting of the engine; state it as system.engine.{option}")
             raise ConfigError(f"system.{option}: the key {did_you_mean(option, [*known, 'engine', 'name'])}")
-    given = {"simulate": simulate} if "simulate" in inspect.signature(factory).parameters else {}
+    parameters = inspect.signature(factory).parameters
+    given: dict[str, Any] = {"simulate": simulate} if "simulate" in parameters else {}
+    if spec.engine.version is not None:
+        if "version" not in parameters:
+            raise ConfigError(
+                f"system.engine.version: {spec.name} follows no release of vLLM (it mirrors {factory().mirrors}); "
+                "drop it, and state the settings that you mean"
+            )
+        given["version"] = spec.engine.version
     try:
         system = validate_call(factory)(**spec.options, **given)
     except ValidationError as error:
         raise ConfigError(f"system.{first_fault(error)}") from None
-    return system.with_limits(replace(system.limits, **spec.engine.model_dump(exclude_none=True)))
+    return system.with_limits(replace(system.limits, **_stated(spec)))
+
+
+def _stated(spec: SystemSpec) -> dict[str, Any]:
+    """The engine's settings that a scenario names."""
+    return spec.engine.model_dump(exclude_none=True, exclude={"version"})
 
 
 def system_options(factory: Callable[..., System]) -> list[str]:
     """What a scenario may set; ``simulate`` is given by us, to planners that search by simulation."""
-    return [name for name in inspect.signature(factory).parameters if name != "simulate"]
+    return [name for name in inspect.signature(factory).parameters if name not in ("simulate", "version")]
 
 
 def known_workload(requests: RequestStream) -> Workload:

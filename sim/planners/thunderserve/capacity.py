@@ -89,6 +89,8 @@ class Capacity:
         self.kv_bytes = kv_bytes
         self.prices = prices
         self._problem = units.problem
+        self._flow_per_s = max((unit.rate_per_s for unit in self.units), default=1.0)
+        """Unit of the flows: near 1 is where the solver's tolerances are meant for."""
         self._pairs = [(a, b) for a, b in product(range(len(self.kinds)), repeat=2) if a == b or self._linked(a, b)]
 
     @property
@@ -121,14 +123,14 @@ class Capacity:
                 usage = np.zeros(self._size)
                 for at, unit in enumerate(self.units):
                     if unit.role == role and unit.home == place:
-                        usage[at] = -loads.of(unit)
+                        usage[at] = -loads.of(unit) / self._flow_per_s
                 for at, pair in enumerate(self._pairs):
                     usage[len(self.units) + at] = pair[end] == place
                 rows.append(Row(f"{role} {place}", usage, 0.0))
         return rows
 
     def _link_rows(self) -> list[Row]:
-        """Ports of all machines of a kind together; a line as it is. Inside a kind KV may stay on its machine."""
+        """Ports of all machines of a kind together, lines as they are; inside a kind KV may stay on its machine."""
         usage: dict[str, NDArray[np.float64]] = {}
         limits: dict[str, float] = {}
         for at, (a, b) in enumerate(self._pairs):
@@ -140,9 +142,11 @@ class Capacity:
                     way = name.rsplit(":", 1)[1]
                     place = a if way == "out" else b
                     key, ports = f"network port ({way}) of {self._called(place)}", len(self.kinds[place].machines)
-                usage.setdefault(key, np.zeros(self._size))[len(self.units) + at] += share * self.kv_bytes
+                usage.setdefault(key, np.zeros(self._size))[len(self.units) + at] += (
+                    share * self.kv_bytes * self._flow_per_s
+                )
                 limits[key] = ports * self._problem.cluster.capacity_bytes_per_s[name]
-        return [Row(key, used, limits[key]) for key, used in usage.items()]
+        return [Row(key, used / limits[key], 1.0) for key, used in usage.items()]
 
     def _linked(self, a: int, b: int) -> bool:
         return self._way(a, b)[1] > 0
@@ -160,7 +164,7 @@ class Capacity:
 
     def _served(self, loads: Loads) -> NDArray[np.float64]:
         """Requests/s of each variable: flows, and units that do both phases."""
-        worth = np.ones(self._size)
+        worth = np.full(self._size, self._flow_per_s)
         worth[: len(self.units)] = [loads.of(unit) if unit.role == "mixed" else 0.0 for unit in self.units]
         return worth
 
@@ -208,7 +212,7 @@ class Capacity:
         cost = np.zeros(self._size)
         for at, unit in enumerate(self.units):
             cost[at] = sum(slot.gpus * self.prices[slot.kind] for slot in unit.slots)
-        enough = Row("rate", -self._served(loads), -rate_per_s)
+        enough = Row("rate", -self._served(loads) / rate_per_s, -1.0)
         return self._solved(cost, [enough], loads)
 
     def _solved(self, cost: NDArray[np.float64], more: Sequence[Row], loads: Loads) -> Shape | None:

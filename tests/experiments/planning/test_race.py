@@ -24,7 +24,7 @@ WORLD: dict[str, Any] = {
 class Known(Trials):
     """Layouts whose capacity is written in their label."""
 
-    def passed(self, one: Contender, rate_per_s: float) -> bool:
+    def passed(self, one: Contender, rate_per_s: float, *, whole: bool = False) -> bool:
         self.count += 1
         return rate_per_s <= float(one.label)
 
@@ -41,7 +41,7 @@ def contender(setup: Setup, tp: int, carries: float, **figures: float) -> Conten
 
 
 def test_the_best_is_found_and_measured(setup: Setup) -> None:
-    race = Race(Known(setup), most_trials=100)
+    race = Race(Known(), most_trials=100)
     assert race.enter([contender(setup, 1, 8.0, most_per_s=12.0), contender(setup, 2, 9.0, most_per_s=12.0)])
     assert race.best is not None
     assert race.best.label == "9.0"
@@ -49,7 +49,7 @@ def test_the_best_is_found_and_measured(setup: Setup) -> None:
 
 
 def test_who_cannot_win_is_not_simulated(setup: Setup) -> None:
-    race = Race(Known(setup), most_trials=100)
+    race = Race(Known(), most_trials=100)
     race.enter([contender(setup, 1, 9.0, most_per_s=12.0)])
     before = race.trials.count
     assert not race.enter([contender(setup, 2, 100.0, most_per_s=5.0)])
@@ -57,7 +57,7 @@ def test_who_cannot_win_is_not_simulated(setup: Setup) -> None:
 
 
 def test_who_loses_costs_one_trial(setup: Setup) -> None:
-    race = Race(Known(setup), most_trials=100)
+    race = Race(Known(), most_trials=100)
     race.enter([contender(setup, 1, 9.0, most_per_s=12.0)])
     before = race.trials.count
     assert not race.enter([contender(setup, 2, 9.0 * GAIN * 0.99, most_per_s=12.0)])
@@ -66,7 +66,7 @@ def test_who_loses_costs_one_trial(setup: Setup) -> None:
 
 def test_a_rate_that_queues_grow_at_is_not_carried(setup: Setup) -> None:
     """The workload goes on as long as a trial needs: its 50 requests alone would never fill a queue."""
-    trials = Trials(setup)
+    trials = Trials()
     one = replace(contender(setup, 1, 0.0), label="vllm")
     assert trials.passed(one, 4.0)
     assert not trials.passed(one, 400.0)

@@ -18,7 +18,7 @@ from tests.toys import MS, cluster, problem, request, run, with_limits
 def test_v1_runs_a_request() -> None:
     result = run(SYSTEMS["vllm"](replicas=1, tp=1), [request(0)])
     assert result.rows.requests[0].outcome == "completed"
-    assert result.mirrors == "vLLM V1 scheduler, commit 00024d31"
+    assert result.mirrors == "vLLM 0.20 (V1 scheduler)"
 
 
 @pytest.mark.parametrize(

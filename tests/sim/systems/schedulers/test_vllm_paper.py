@@ -133,7 +133,9 @@ def test_equal_priorities_are_first_come_first_served() -> None:
 
 def capped(requests: list[Request], **limits: Any) -> list[Fill]:
     """v1 by priority, chunks of at most 20 tokens."""
-    lab = SYSTEMS["vllm"](policy="priority", long_prefill_token_threshold=20, replicas=1, tp=1)
+    lab = SYSTEMS["vllm"](
+        policy="priority", long_prefill_token_threshold=20, reserve_full_prompt=False, replicas=1, tp=1
+    )
     return watched(with_limits(lab, **limits), requests)[1]
 
 
