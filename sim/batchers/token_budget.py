@@ -79,7 +79,7 @@ class TokenBudget:
             wanted = batch.tokens_wanted(request)
             tokens = min(self._capped(wanted), budget)
             full = not budget or batch.num_running >= batch.limits.max_num_seqs
-            if full or (wanted > budget and not self.chunked_prefill):
+            if full or (self._capped(wanted) > budget and not self.chunked_prefill):
                 break
             later = -(-wanted // size) - -(-tokens // size) if self.reserve_full_prompt else 0
             if not batch.admit(request, tokens, keep_free_blocks=later):
@@ -94,7 +94,7 @@ class TokenBudget:
 
     def refuse(self, request: RequestView, total_tokens: int, total_blocks: int, limits: Limits) -> str | None:
         budget = limits.max_num_batched_tokens or 2048
-        if not self.chunked_prefill and total_tokens > budget:
+        if not self.chunked_prefill and self._capped(total_tokens) > budget:
             return (
                 f"{total_tokens} tokens (all may have to be recomputed at once) exceed max_num_batched_tokens {budget}"
             )

@@ -319,3 +319,13 @@ def test_a_batch_that_may_change_its_mind_says_for_how_long() -> None:
     result = run(system(Restless), [request(0, output_tokens=10)], plan=ONE)
     assert [step.iterations for step in result.rows.steps] == [1, 3, 3, 3]
     assert result.log() == run(system(), [request(0, output_tokens=10)], plan=ONE).log()
+
+
+def test_without_chunking_a_cap_below_the_budget_still_cuts_prompts() -> None:
+    """The capped length is compared with the budget, as in vLLM V1: a prompt longer than that is served in parts."""
+    lab, fills = spied(
+        system(lambda: TokenBudget(chunked_prefill=False, long_prefill_token_threshold=100), max_num_batched_tokens=150)
+    )
+    result = run(lab, [request(0, 0.0, 230, 2)], plan=ONE, step_by_step=True)
+    assert [fill.chunks for fill in fills if fill.chunks] == [{0: 100}, {0: 100}, {0: 30}]
+    assert result.rows.requests[0].outcome == "completed"

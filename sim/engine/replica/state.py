@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import isqrt
 from operator import itemgetter
+from typing import cast
 
 from sim.cluster import Path
 from sim.cost import StageCost
@@ -20,8 +22,8 @@ from sim.engine.replica.cohort import Cohort
 from sim.engine.replica.job import Job
 from sim.engine.replica.veil import Veil
 from sim.memory import Ledger
-from sim.policy import Batcher, Limits
-from sim.types import Line, Move, Replica, Role
+from sim.policy import Batcher, Limits, RequestView
+from sim.types import Line, Move, Replica, Role, to_ps
 
 
 @dataclass(slots=True, eq=False)
@@ -164,6 +166,7 @@ class ReplicaState:
         self._pending_prefill_tokens = 0
         self._num_prefilling = 0
         self.kick: Alarm | None = None
+        self._index: tuple[int, frozenset[Hashable]] | None = None  # of the prefix cache, and when it was made
         self.retiring = False
 
     def __repr__(self) -> str:
@@ -227,6 +230,21 @@ class ReplicaState:
     @property
     def block_size(self) -> int:
         return self.ledger.block_size
+
+    def matched_tokens(self, request: RequestView, max_age_s: float = 0.0) -> int:
+        job = cast("Job", request)
+        if not job.hashes or not self.ledger.prefix_caching:
+            return 0
+        hashes = job.hashes[: (job.input_tokens - 1) // self.block_size]
+        if not max_age_s:
+            self.settle()
+            return self.ledger.known_prefix(hashes) * self.block_size
+        now_ps = self.clock.now_ps
+        if self._index is None or now_ps - self._index[0] > to_ps(max_age_s):
+            self.settle()
+            self._index = now_ps, self.ledger.contents()
+        index = self._index[1]
+        return sum(1 for _ in takewhile(index.__contains__, hashes)) * self.block_size
 
     # ------------------------------------------------------------ jobs come and go
 
