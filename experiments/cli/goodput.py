@@ -28,7 +28,9 @@ def goodput(
             help="joint: a request must meet every bound; separate: each bound must be met by the target share"
         ),
     ] = "joint",
-    seeds: Annotated[int, typer.Option(min=1, help="searches, with the scenario's seed and the next ones")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=10_000, help="searches, with the scenario's seed and the next ones")
+    ] = 3,
     tolerance: Annotated[float, typer.Option(help="share of the rate to which it is found")] = 0.02,
     max_rate: Annotated[
         float | None, typer.Option(help="highest rate tried (requests/s); default: as high as the SLO is attained")
