@@ -1,6 +1,6 @@
 """2,000 malformed files of every kind: one line and a documented exit code, never a traceback or half a result.
 
-``pytest -m slow tests/test_fuzz.py -s`` prints how they ended.
+``pytest -m slow tests/experiments/test_fuzz.py -s`` prints how they ended.
 """
 
 from __future__ import annotations
