@@ -63,12 +63,13 @@ second, along a line that is so many standard errors steep."""
 def longest_s(slo: Slo, mean_output_tokens: float) -> float | None:
     """Seconds that a mean request may take within the SLO (of classes, the most); None if it bounds nothing."""
     times = [longest_s(one, mean_output_tokens) for one in slo.classes.values()]
-    by_parts = (slo.ttft_s or 0.0) + (slo.tpot_s or 0.0) * max(0.0, mean_output_tokens - 1)
-    if slo.e2e_s is not None:
-        times.append(min(slo.e2e_s, by_parts or inf))
-    elif by_parts:
-        times.append(by_parts)
-    return max((time for time in times if time is not None), default=None)
+    if slo.tpot_s is not None:
+        times.append((slo.ttft_s or 0.0) + slo.tpot_s * max(0.0, mean_output_tokens - 1))
+        if slo.e2e_s is not None:
+            times[-1] = min(slo.e2e_s, times[-1] or inf)
+    elif slo.e2e_s is not None or slo.ttft_s is not None:
+        times.append(slo.ttft_s if slo.e2e_s is None else slo.e2e_s)  # TTFT alone does not say how long answers take
+    return max((time for time in times if time), default=None)
 
 
 def trial_requests(slo: Slo, mean_output_tokens: float, rate_per_s: float) -> int:

@@ -300,6 +300,10 @@ class Ledger:
             known += 1
         return known
 
+    def contents(self) -> frozenset[Hashable]:
+        """Hashes of all that is in memory."""
+        return frozenset(self._content or ())
+
     def idle_blocks(self, hashes: Sequence[Hashable]) -> int:
         """How many of these known blocks are in the free queue, hence would leave it when shared."""
         assert self._content is not None

@@ -162,6 +162,13 @@ class ReplicaView(Protocol):
     def landing(self) -> Sequence[RequestView]:
         """Requests whose KV is here or on its way, its room taken, and who do not decode yet."""
 
+    def matched_tokens(self, request: RequestView, max_age_s: float = 0.0) -> int:
+        """Tokens at the beginning of its prompt whose KV is in this replica's prefix cache, by their hashes.
+
+        ``max_age_s``: by an index that may be so old, and is made anew when asked and older; 0: as of now. At least
+        one token of a prompt is always computed.
+        """
+
     @property
     def free_blocks(self) -> int: ...
     @property
@@ -231,6 +238,9 @@ class Batch(Protocol):
     @property
     def prefilling(self) -> Sequence[RequestView]:
         """Admitted requests whose prompt is unfinished, in order of admission."""
+
+    def ahead(self) -> Sequence[tuple[RequestView, int]]:
+        """Those of ``prefilling`` that were admitted before a decoding one, with how many decode that came before."""
 
     @property
     def swapped(self) -> Sequence[RequestView]:

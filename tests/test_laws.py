@@ -142,6 +142,10 @@ SETTINGS: dict[str, Callable[[], System]] = {
     "vllm v1 unchunked": lambda: SYSTEMS["vllm"](replicas=2, tp=1, chunked_prefill=False),
     "vllm v1 pp2": lambda: SYSTEMS["vllm"](replicas=2, tp=1, pp=2),
     "vllm v1 split": lambda: SYSTEMS["vllm"](**SPLIT),
+    "vllm v1 prefix-aware": lambda: SYSTEMS["vllm"](routing="prefix_aware", replicas=3, tp=1),
+    "vllm v1 split prefix-aware, old index": lambda: SYSTEMS["vllm"](
+        routing="prefix_aware", index_age_s=0.3, prefill={"replicas": 2, "tp": 1}, decode={"replicas": 2, "tp": 1}
+    ),
     "vllm v0": lambda: SYSTEMS["vllm"](mode="v0", replicas=2, tp=1),
     "vllm v0 swap": lambda: SYSTEMS["vllm"](mode="v0", preemption="swap", replicas=1, tp=2),
     "vllm v0 split": lambda: SYSTEMS["vllm"](mode="v0", **SPLIT),

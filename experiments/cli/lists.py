@@ -66,9 +66,22 @@ def gpus(json_: Json = False) -> None:
          "$/h spot"), rows)  # fmt: skip
 
 
-def models(json_: Json = False) -> None:
-    """List the models of the catalogue; a scenario may also name a Hugging Face config.json."""
+def models(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="a catalogue name or a Hugging Face config.json: its card")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """List the models of the catalogue, or show one: parameters, bytes, KV, and the fewest GPUs that hold it."""
     from sim.model import models as catalogue
+
+    if config is not None:
+        from experiments.pages.model_card import card, lines
+        from sim.model import model
+
+        found = card(model(config))
+        print(json.dumps(found, indent=2, allow_nan=False) if json_ else "\n".join(lines(found)))
+        return
 
     rows: list[dict[str, Any]] = [
         {

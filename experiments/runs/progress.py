@@ -19,7 +19,8 @@ class Log:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            print(f"phasewise: {text}", file=sys.stderr)
+            shown = "".join(letter if letter.isprintable() else "?" for letter in text)  # names come from files
+            print(f"phasewise: {shown}", file=sys.stderr)
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int], None] | None]:

@@ -172,6 +172,8 @@ def bench_of(path: Path, fields: Mapping[str, Any]) -> Bench:
     count = len(fields["ttfts"])
     arrays = {name: _array(path, fields, name, count) for name in ("input_lens", "output_lens", "ttfts")}
     errors = fields.get("errors") or [""] * count
+    if not isinstance(errors, list) or not all(isinstance(error, str | None) for error in errors):
+        raise ConfigError(f"{path}: errors: must be a list of texts, one a request; the file is damaged")
     gaps = tuple(_numbers(path, "itls", item) for item in fields["itls"])
     if not len(gaps) == len(errors) == count:
         raise ConfigError(f"{path}: ttfts, itls and errors have {count}, {len(gaps)} and {len(errors)} entries")

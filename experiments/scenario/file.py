@@ -257,6 +257,11 @@ class Scenario(Part):
     cluster: ClusterSpec = Field(
         description="the machines", examples=[{"nodes": [{"gpu": "A100-80G-SXM", "count": 8}]}]
     )
+    kv_dtype: Dtype | None = Field(
+        default=None,
+        description="of the KV cache (float8: vLLM's --kv-cache-dtype fp8); null: the checkpoint's, else 16 bits",
+        examples=["float8"],
+    )
     workload: WorkloadSpec = Field(
         default=WorkloadSpec(), description="what is asked of them", examples=[{"trace": "sample", "rate": 5}]
     )

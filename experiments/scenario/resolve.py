@@ -146,6 +146,8 @@ def resolve(scenario: Scenario) -> Setup:
         )
         system = build_system(scenario.system)
         the_model = model(scenario.model, scenario.dtype)
+        if scenario.kv_dtype is not None:
+            the_model = replace(the_model, kv_dtype=scenario.kv_dtype)
         longest = context(scenario, the_model) or system.limits.max_model_len
         limits = replace(system.limits, max_model_len=longest)
         if system.defaults is not None:

@@ -46,13 +46,21 @@ class TokenBudget:
         make_room(batch, choose=self._victim)
         decodes = batch.num_decodes
         if decodes:
-            late = batch.decoding[budget:] if decodes > budget else ()
+            most = budget - self._ahead(batch, budget)
+            late = batch.decoding[most:] if decodes > most else ()
             budget -= decodes - len(late)
             batch.decode(leave_out=late)
         if batch.prefilling:
             budget = self._continue_prompts(batch, budget)
         if not batch.preempted:
             self._admit(batch, budget)
+
+    def _ahead(self, batch: Batch, budget: int) -> int:
+        """Tokens of prompts that run before some of the decodes, in the order of admission, and take theirs first."""
+        tokens = 0
+        for request, decodes in batch.ahead():
+            tokens += max(0, min(self._capped(request.remaining_tokens), budget - decodes - tokens))
+        return tokens
 
     def _continue_prompts(self, batch: Batch, budget: int) -> int:
         """The next chunk of every admitted prompt; a victim's tokens go back to the budget, which is returned."""
@@ -79,7 +87,7 @@ class TokenBudget:
             wanted = batch.tokens_wanted(request)
             tokens = min(self._capped(wanted), budget)
             full = not budget or batch.num_running >= batch.limits.max_num_seqs
-            if full or (wanted > budget and not self.chunked_prefill):
+            if full or (self._capped(wanted) > budget and not self.chunked_prefill):
                 break
             later = -(-wanted // size) - -(-tokens // size) if self.reserve_full_prompt else 0
             if not batch.admit(request, tokens, keep_free_blocks=later):
@@ -94,7 +102,7 @@ class TokenBudget:
 
     def refuse(self, request: RequestView, total_tokens: int, total_blocks: int, limits: Limits) -> str | None:
         budget = limits.max_num_batched_tokens or 2048
-        if not self.chunked_prefill and total_tokens > budget:
+        if not self.chunked_prefill and self._capped(total_tokens) > budget:
             return (
                 f"{total_tokens} tokens (all may have to be recomputed at once) exceed max_num_batched_tokens {budget}"
             )

@@ -176,6 +176,8 @@ class Engine:
         self.unfinished += 1
         if self.observes and not job.epoch:
             self.view.arrivals.append(self.clock.now_ps)
+        if self.system.limits.prefix_caching and not job.hashes:
+            job.hashes = block_hashes(job.request, self.system.limits.block_size)
         view = self.view if self.paths is not None else self.view.of(job, job.input_tokens + job._output_tokens - 1)
         route = self.router.route(job, view)
         if isinstance(route, Reject):
@@ -195,8 +197,6 @@ class Engine:
             self.finish(job, "rejected", reason)
             return
         job.places = (prefill.name, "" if decode is None else decode.name)
-        if self.system.limits.prefix_caching and not job.hashes:
-            job.hashes = block_hashes(job.request, prefill.block_size)
         prefill.enqueue(job)
         touched[prefill] = None
 

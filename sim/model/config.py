@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sim.outside import read_json
+from sim.model.quantization import FILE as QUANTIZATION_FILE
+from sim.model.quantization import of_config, of_modelopt
+from sim.outside import is_file, read_json
 from sim.types import ConfigError
 
 
@@ -111,6 +113,7 @@ class _Reader:
 
 def read_config(config: str | Path | Mapping[str, Any], name: str | None, dtype: str | None) -> dict[str, Any]:
     """The fields of a ``ModelSpec``."""
+    beside: Path | None = None
     if isinstance(config, Mapping):
         read = _Reader(config, name or "config")
         own_name = config.get("_name_or_path")
@@ -118,13 +121,14 @@ def read_config(config: str | Path | Mapping[str, Any], name: str | None, dtype:
         path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
         read = _Reader(_load(path), str(path))
         own_name = path.parent.name if path.name == "config.json" else path.stem
+        beside = file if is_file(file := path.parent / QUANTIZATION_FILE) else None
     nested = read.get("text_config")
     if isinstance(nested, Mapping):
         shared = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
         outer = {key: read.config[key] for key in shared if key in read.config}
         inner = {key: value for key, value in nested.items() if value is not None}
         read = _Reader(outer | inner, f"{read.place}: text_config")
-    return _fields(read, name or own_name or "model", dtype)
+    return _fields(read, name or own_name or "model", dtype, beside)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -134,7 +138,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _fields(read: _Reader, name: str, dtype: str | None) -> dict[str, Any]:
+def _fields(read: _Reader, name: str, dtype: str | None, beside: Path | None) -> dict[str, Any]:
     kind = read.typed(str, "model_type")
     if kind not in FAMILIES:
         raise read.error("model_type", kind or "(none)", f"is not known; known: {', '.join(sorted(FAMILIES))}")
@@ -166,7 +170,7 @@ def _fields(read: _Reader, name: str, dtype: str | None) -> dict[str, Any]:
     }
     if kind == "opt" and read.get("word_embed_proj_dim", default=hidden) != hidden:
         raise read.error("word_embed_proj_dim", read.get("word_embed_proj_dim"), f"must equal hidden_size {hidden}")
-    shape |= _experts(read) | (_latent(read) if family.mla else {}) | _dtypes(read, dtype)
+    shape |= _experts(read) | (_latent(read) if family.mla else {}) | _dtypes(read, dtype, beside)
     return shape | _vectors(read, family, shape)
 
 
@@ -216,7 +220,7 @@ def _latent(read: _Reader) -> dict[str, Any]:
     return {name: read.size(name) for name in names} | {"q_lora_rank": read.typed(int, "q_lora_rank")}
 
 
-def _dtypes(read: _Reader, dtype: str | None) -> dict[str, Any]:
+def _dtypes(read: _Reader, dtype: str | None, beside: Path | None) -> dict[str, Any]:
     """The caller's dtype, else the configuration's; a checkpoint's own quantization goes before both."""
     base = dtype or read.get("dtype", "torch_dtype")
     if base is None:
@@ -225,34 +229,10 @@ def _dtypes(read: _Reader, dtype: str | None) -> dict[str, Any]:
     fields: dict[str, Any] = {"dtype": DTYPES.get(base, base)}
     quantization = read.typed(dict, "quantization_config")
     if quantization is not None:
-        fields |= _quantization(_Reader(quantization, f"{read.place}: quantization_config"))
+        return fields | of_config(quantization, f"{read.place}: quantization_config")
+    if beside is not None:
+        return fields | of_modelopt(_load(beside), str(beside))
     return fields
-
-
-def _quantization(read: _Reader) -> dict[str, Any]:
-    """float8 and int8 run the GEMMs as such; others store fewer bits, with a 16-bit scale and a zero per group."""
-    method = read.get("quant_method")
-    if method in ("fp8", "fbgemm_fp8"):
-        return {"dtype": "float8"}
-    if method == "bitsandbytes":
-        return {"weight_bytes_per_param": 0.5 if read.get("load_in_4bit") else 1.0}
-    if method in ("awq", "gptq"):
-        return _grouped(read.size("bits", "w_bit"), read.typed(int, "group_size", "q_group_size", default=-1))
-    groups = read.typed(dict, "config_groups", default={})
-    if method == "compressed-tensors" and len(groups) == 1:
-        (name,) = groups
-        group = _Reader(_Reader(groups, read.place).typed(dict, name), f"{read.place}: {name}")
-        weights = _Reader(group.typed(dict, "weights", default={}), f"{group.place}: weights")
-        if weights.size("num_bits") == 8 and group.get("input_activations"):
-            return {"dtype": "float8" if weights.get("type") == "float" else "int8"}
-        return _grouped(weights.size("num_bits"), weights.typed(int, "group_size", default=-1))
-    known = "fp8, fbgemm_fp8, bitsandbytes, awq, gptq, compressed-tensors with one group"
-    raise read.error("quant_method", method or "(none)", f"is not known; known: {known}")
-
-
-def _grouped(bits: int, group_size: int) -> dict[str, Any]:
-    per_group = (16 + bits) / group_size if group_size > 0 else 0.0
-    return {"weight_bytes_per_param": (bits + per_group) / 8}
 
 
 def _vectors(read: _Reader, family: Family, shape: Mapping[str, Any]) -> dict[str, int]:

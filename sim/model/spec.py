@@ -12,6 +12,7 @@ from typing import Any
 
 from sim.cluster import did_you_mean
 from sim.model.config import read_config
+from sim.model.quantization import matcher
 from sim.outside import exists
 from sim.types import ConfigError
 
@@ -68,6 +69,8 @@ class ModelSpec:
     dtype: str = "bfloat16"
     kv_dtype: str | None = None
     weight_bytes_per_param: float | None = None
+    unquantized: tuple[str, ...] = ()
+    """Modules of a quantized checkpoint's layers that keep 16 bits, by name or pattern."""
     sliding_window: int | None = None
     num_experts: int | None = None
     experts_per_token: int | None = None
@@ -210,7 +213,8 @@ class ModelSpec:
         matrices = 1 if first and last and self.tie_word_embeddings else first + last
         outer = matrices * self.embedding_params + first * self.outer_vector_params
         layer_bytes = self.weight_bytes_per_param or DTYPE_BYTES[self.dtype]
-        return ceil(layers * layer_bytes) + outer * self.activation_bytes_per_value
+        kept = _unquantized(self) * (end_layer - first_layer) // self.num_layers if self.unquantized else 0
+        return ceil((layers - kept) * layer_bytes) + (outer + kept) * self.activation_bytes_per_value
 
     def _layer_params(self, layer: int) -> int:
         gemms = self.gemms(dense=layer < self.first_dense_layers)
@@ -304,3 +308,47 @@ def model(name_or_path: str, dtype: str | None = None) -> ModelSpec:
     if exists(name_or_path) or str(name_or_path).endswith(".json"):
         return ModelSpec.from_config(name_or_path, dtype=dtype)
     raise ConfigError(f"model: {did_you_mean(name_or_path, _catalogue())}; or give the path of a config.json")
+
+
+@cache
+def _unquantized(model: ModelSpec) -> int:
+    """Parameters of all layers that keep 16 bits; spread over the layers evenly where stages cut them."""
+    matches = [matcher(pattern) for pattern in model.unquantized]
+    return sum(
+        params
+        for layer in range(model.num_layers)
+        for module, params in _modules(model, dense=layer < model.first_dense_layers)
+        if any(match(f"model.layers.{layer}.{module}") for match in matches)
+    )
+
+
+def _modules(model: ModelSpec, *, dense: bool) -> list[tuple[str, int]]:
+    """A layer's matrices under the names of Hugging Face's modules, and their parameters."""
+    found: list[tuple[str, int]] = []
+    for gemm in model.gemms(dense=dense):
+        names, rows = _named(model, gemm.name, gemm.n)
+        for name, n in zip(names, rows, strict=True):
+            found.append((name, n * gemm.k * gemm.count))
+    return found
+
+
+def _named(model: ModelSpec, gemm: str, n: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The modules that make up a GEMM, and the rows of each."""
+    kv = model.num_key_value_heads * model.head_dim
+    half = (n // 2, n - n // 2)
+    one = {
+        "q": "self_attn.q_proj", "kv_a": "self_attn.kv_a_proj_with_mqa", "q_b": "self_attn.q_b_proj",
+        "kv_b": "self_attn.kv_b_proj", "o": "self_attn.o_proj", "down": "mlp.down_proj", "router": "mlp.gate",
+        "moe_down": "mlp.experts.0.down_proj", "shared_down": "mlp.shared_experts.down_proj",
+    }  # fmt: skip
+    if gemm == "qkv":
+        return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (n - 2 * kv, kv, kv)
+    if gemm == "qkv_a":
+        rank = model.q_lora_rank or 0
+        return ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), (rank, n - rank)
+    pairs = {"gate_up": "mlp", "moe_gate_up": "mlp.experts.0", "shared_gate_up": "mlp.shared_experts"}
+    if gemm in pairs:
+        if not model.gated_mlp:
+            return (f"{pairs[gemm]}.up_proj",), (n,)
+        return (f"{pairs[gemm]}.gate_proj", f"{pairs[gemm]}.up_proj"), half
+    return (one[gemm],), (n,)

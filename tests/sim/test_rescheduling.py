@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sim import SYSTEMS, ClusterEvent, ConfigError, Plan, Problem, Request, Result, System, Workload
+from sim import SYSTEMS, ClusterEvent, ConfigError, Plan, Problem, Request, Result, Slo, System, Workload
+from sim.metrics import met
 from sim.planners.thunderserve import TabuSearch
 from sim.systems.split.thunderserve import Reschedule
 from tests.toys import cluster, problem, replica, request, run
@@ -103,3 +107,55 @@ def test_when_no_plan_serves_what_is_left_stays() -> None:
 def test_options_are_checked(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         SYSTEMS["thunderserve"](**options)
+
+
+# ---------------------------------------------------------------- never worse than none
+
+LESS = Plan(
+    replicas=(
+        replica("a", ["n0.g0"], "prefill"), replica("b", ["n1.g0"], "prefill"),
+        replica("c", ["n2.g0"], "decode"), replica("d", ["n3.g0"], "decode"),
+    ),
+    shares={("a", "c"): 0.5, ("b", "d"): 0.5},
+)  # fmt: skip
+SLO = Slo(ttft_s=0.2, tpot_s=0.05)
+
+
+def in_time(requests: list[Request], rate_per_s: float, lost_node: str, **options: Any) -> float:
+    known = Workload(rate_per_s=rate_per_s, lengths=tuple((r.input_tokens, r.output_tokens) for r in requests))
+    small = replace(problem(cluster(1, 4)), workload=known, slo=SLO)
+    lab = SYSTEMS["thunderserve"](**options)
+    result = run(lab, requests, small, plan=LESS, events=[lost(2.0, lost_node)])
+    assert len(result.rows.requests) == len(requests)
+    return float(met(result.columns, SLO)["all"].mean())
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 10**6),
+    rate_per_s=st.sampled_from([5.0, 15.0, 30.0, 60.0]),
+    prompt=st.sampled_from([20, 200, 1200]),
+    answer=st.sampled_from([2, 20, 60]),
+    node=st.sampled_from(["n0", "n1", "n2", "n3"]),
+)
+def test_lightweight_rescheduling_is_never_worse_than_none(
+    seed: int, rate_per_s: float, prompt: int, answer: int, node: str
+) -> None:
+    """Of the same arrivals, no fewer are within the SLO, whichever machine is lost, but for a hundredth of them."""
+    rng = np.random.default_rng(seed)
+    arrivals = np.cumsum(rng.exponential(1 / rate_per_s, 300)).tolist()
+    requests = [request(n, at, prompt, answer) for n, at in enumerate(arrivals)]
+    none, lightweight = (
+        in_time(requests, rate_per_s, node, reschedule=how, n_steps=5) for how in (None, "lightweight")
+    )
+    assert lightweight >= none - 0.01
+
+
+def test_what_serves_as_well_as_it_is_stays() -> None:
+    """One of two prefill groups is lost, and the other is hardly used: nobody changes roles."""
+    requests = [request(n, 0.2 * n, 100, 10) for n in range(100)]
+    small = replace(problem(cluster(1, 4)), workload=Workload(rate_per_s=5.0, lengths=((100, 10),)), slo=SLO)
+    result = run(SYSTEMS["thunderserve"](reschedule="lightweight"), requests, small, plan=LESS, events=[lost(2.0)])
+    late = [row for row in result.rows.requests if row.request.arrival_s > 2.0]
+    assert {row.prefill_stage for row in late} == {"b"}
+    assert {row.outcome for row in result.rows.requests} == {"completed"}

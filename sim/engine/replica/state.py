@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import isqrt
 from operator import itemgetter
+from typing import cast
 
 from sim.cluster import Path
 from sim.cost import StageCost
@@ -20,8 +22,8 @@ from sim.engine.replica.cohort import Cohort
 from sim.engine.replica.job import Job
 from sim.engine.replica.veil import Veil
 from sim.memory import Ledger
-from sim.policy import Batcher, Limits
-from sim.types import Line, Move, Replica, Role
+from sim.policy import Batcher, Limits, RequestView
+from sim.types import Line, Move, Replica, Role, to_ps
 
 
 @dataclass(slots=True, eq=False)
@@ -89,13 +91,16 @@ class Delivery:
     @property
     def room(self) -> int:
         """Blocks that must be free at the target."""
+        if not self.job.hashes:
+            return self.blocks
         known = self.known_there()
         return self.blocks - len(known) + self.target.ledger.idle_blocks(known) if known else self.blocks
 
     def let_in(self) -> None:
         """Take the blocks at the target. Only what is missing there moves."""
         ledger = self.target.ledger
-        self.known = self.known_there()
+        if self.job.hashes:
+            self.known = self.known_there()
         if self.known:
             ledger.share(self.known)
             tokens = self.move.tokens - len(self.known) * ledger.block_size
@@ -111,8 +116,9 @@ class Delivery:
         job.blocks = self.blocks - job.copied_blocks - len(self.known)
         job.shared = list(self.known)
         job.published = len(self.known)
-        target.settle()
-        target.publish(job, job.computed_tokens)
+        if job.hashes:
+            target.settle()
+            target.publish(job, job.computed_tokens)
         target.land(job)
 
 
@@ -164,6 +170,7 @@ class ReplicaState:
         self._pending_prefill_tokens = 0
         self._num_prefilling = 0
         self.kick: Alarm | None = None
+        self._index: tuple[int, frozenset[Hashable]] | None = None  # of the prefix cache, and when it was made
         self.retiring = False
 
     def __repr__(self) -> str:
@@ -228,6 +235,21 @@ class ReplicaState:
     def block_size(self) -> int:
         return self.ledger.block_size
 
+    def matched_tokens(self, request: RequestView, max_age_s: float = 0.0) -> int:
+        job = cast("Job", request)
+        if not job.hashes or not self.ledger.prefix_caching:
+            return 0
+        hashes = job.hashes[: (job.input_tokens - 1) // self.block_size]
+        if not max_age_s:
+            self.settle()
+            return self.ledger.known_prefix(hashes) * self.block_size
+        now_ps = self.clock.now_ps
+        if self._index is None or now_ps - self._index[0] > to_ps(max_age_s):
+            self.settle()
+            self._index = now_ps, self.ledger.contents()
+        index = self._index[1]
+        return sum(1 for _ in takewhile(index.__contains__, hashes)) * self.block_size
+
     # ------------------------------------------------------------ jobs come and go
 
     def too_long(self, job: Job, tokens: int) -> str | None:
@@ -281,7 +303,7 @@ class ReplicaState:
     def join(self, job: Job) -> None:
         """The job decodes from the next batch on."""
         self.idle_cohort().join(job)
-        if job.published < len(job.hashes) and job.samples == 1 and self.ledger.prefix_caching:
+        if job.hashes and job.published < len(job.hashes) and job.samples == 1 and self.ledger.prefix_caching:
             self.publishing[job] = None
 
     def _publish_answers(self, cohort: Cohort) -> None:
@@ -305,8 +327,9 @@ class ReplicaState:
 
     def release(self, job: Job, whole_blocks: int = 0) -> None:
         """Give the job's blocks back; of the first ``whole_blocks`` it may come for those that no hash tells of."""
-        own = whole_blocks - len(job.hashes) if self.ledger.prefix_caching else 0
-        self.publishing.pop(job, None)
+        own = whole_blocks - len(job.hashes) if whole_blocks and self.ledger.prefix_caching else 0
+        if self.publishing:
+            self.publishing.pop(job, None)
         if own > 0:
             self.ledger.give(job.blocks + job.copied_blocks - own)
             job.run = self.ledger.keep(own, job)
@@ -351,7 +374,7 @@ class ReplicaState:
     def progress(self, flight: Flight, done: int, *, started: bool) -> None:
         """Bring the state to ``done`` completed iterations; ``started``: the next one holds its blocks."""
         cohort, steps = flight.cohort, done - flight.done
-        while cohort is not None and cohort.size and self.publishing and steps:
+        while self.publishing and steps and cohort is not None and cohort.size:
             few = min(steps, self.iterations_to_publish(cohort))
             self._advance(flight, few, few - 1)  # the iteration under way has its blocks already
             self._publish_answers(cohort)  # before the next one takes any, which may evict what it would find

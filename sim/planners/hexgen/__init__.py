@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from sim.memory import kv_blocks
 from sim.planners.hexgen.cost import Costs
 from sim.planners.hexgen.genetic import Fitness, Genetic, Partition
 from sim.planners.hexgen.goodput import Server, attained
@@ -79,6 +80,12 @@ class HexGen:
         lost, mean_s = world.judge(counts)
         lines = [f"{one.name}: GPUs x layers {shape}" for one, shape in zip(plan.replicas, shapes, strict=True)]
         rate = 1 / lost if lost else inf
+        refused = world.refused(counts)
+        if refused:
+            lines.append(
+                f"no replica holds more than {max(map(world.tokens, counts))} tokens of KV: {refused:.1%} of the "
+                "workload's requests are longer and will be rejected"
+            )
         return [*lines, f"quick replay: {rate:.3g} requests/s within the SLO, {mean_s:.3g} s in the mean"]
 
 
@@ -96,6 +103,7 @@ class World:
         rng = np.random.default_rng(np.random.SeedSequence(problem.seed).spawn(8)[7])
         self.arrivals_s = rng.exponential(1 / workload.rate_per_s, ARRIVALS).cumsum()
         self._servers: dict[Counts, Server] = {}
+        self._tokens: dict[Counts, int] = {}
 
     def by_region(self, free: Sequence[int]) -> Iterator[Counts]:
         """All GPUs of a region are one replica; regions that cannot hold the model are left out."""
@@ -140,8 +148,23 @@ class World:
     def judge(self, partition: Partition) -> Fitness:
         """One over the goodput, and the mean latency, of the quick replay."""
         share, mean_s = attained([self.server(group) for group in partition], self.arrivals_s, self.problem.slo)
+        share *= 1 - self.refused(partition)
         rate = self.problem.workload.rate_per_s
         return (1 / (share * rate) if share else 1e6), mean_s
+
+    def refused(self, partition: Partition) -> float:
+        """Share of the workload's requests that no replica can hold. Layouts are by mean lengths, these are not."""
+        most = max(map(self.tokens, partition))
+        lengths = self.problem.workload.lengths
+        return sum(given + answer - 1 > most for given, answer in lengths) / len(lengths)
+
+    def tokens(self, counts: Counts) -> int:
+        """KV tokens that the replica on these GPUs has room for."""
+        if counts not in self._tokens:
+            (replica,) = self.replicas((counts,), [node.gpu_ids for node in self.problem.cluster.nodes])
+            limits = self.problem.limits
+            self._tokens[counts] = kv_blocks(self.problem, replica.stages, limits) * limits.block_size
+        return self._tokens[counts]
 
     def server(self, counts: Counts) -> Server:
         """As many requests at once as memory and slo.tpot_s allow, or one a stage."""

@@ -10,6 +10,7 @@ from sim.batchers import MixedPrompts, PrefillFirst, TokenBudget
 from sim.cluster import Gpu
 from sim.policy import Batcher, Limits, System
 from sim.reschedulers import RestorePlan
+from sim.routers import PrefixAware
 from sim.systems.layout import PoolOption, layout
 from sim.systems.schedulers.releases import Release, release
 from sim.transfers import Whole, in_bits
@@ -37,12 +38,15 @@ def vllm(
     decode: PoolOption = None,
     kv_bits: int = 16,
     version: str | None = None,
+    routing: Literal["least_requests", "prefix_aware"] = "least_requests",
+    index_age_s: float = 0.0,
 ) -> System:
     """vLLM: paged KV, continuous batching; V1 token budget or V0 prefill-first; colocated, or split by a KV connector.
 
     ``mode`` paper lets whole prompts join the decodes, v0 never mixes the two; both may swap, and serve groups of
     samples. v1 cuts prompts into chunks, recomputes only, and may go by ``policy`` priority. Replicas get requests by
-    fewest outstanding. With ``prefill`` and ``decode`` pools the decode side pulls the whole prompt's KV,
+    fewest outstanding; ``routing`` prefix_aware: where least is to be computed beside what is cached, by an
+    index at most ``index_age_s`` old. With ``prefill`` and ``decode`` pools the decode side pulls the prompt's KV,
     in ``kv_bits`` a value (16: as it is). ``version``: the release whose defaults hold for what is not said
     (``releases.py``; a scenario states it as system.engine.version); 0.20, and none in the modes paper and v0.
     """
@@ -59,6 +63,10 @@ def vllm(
     if version is not None and known.v1 != (mode == "v1"):
         raise ConfigError(f"system.mode is {mode!r}, but vLLM {known.name} has the {'V1' if known.v1 else 'V0'} engine")
     planner, router = layout(replicas, tp, pp, gpu, prefill, decode)
+    if routing not in ("least_requests", "prefix_aware"):
+        raise ConfigError(f"system.routing is {routing!r}; vllm has least_requests and prefix_aware")
+    if not index_age_s >= 0 or (index_age_s and routing != "prefix_aware"):
+        raise ConfigError(f"system.index_age_s is {index_age_s}; it must be >= 0, and needs routing: prefix_aware")
     transfer = in_bits(Whole(pull=True), kv_bits, moves=prefill is not None or decode is not None)
 
     def batcher(role: Role) -> Batcher:
@@ -73,7 +81,7 @@ def vllm(
         name="vllm",
         mirrors=MIRRORS[mode] if version is None and mode != "v1" else f"vLLM {known.name} ({mode.upper()} scheduler)",
         planner=planner,
-        router=router,
+        router=router if routing == "least_requests" else lambda: PrefixAware(index_age_s=index_age_s),
         batcher=batcher,
         transfer=lambda: transfer,
         rescheduler=RestorePlan,

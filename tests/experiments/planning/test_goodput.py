@@ -141,6 +141,7 @@ def test_a_trial_is_long_against_what_a_request_may_take() -> None:
     """1 s and 20 more tokens of 0.1 s: 3 s, of which four times as long, at 50 requests/s."""
     assert trial_requests(Slo(ttft_s=1.0, tpot_s=0.1), 21.0, 50.0) == 600
     assert trial_requests(Slo(ttft_s=1.0, tpot_s=0.1, e2e_s=2.0), 21.0, 100.0) == 800
+    assert trial_requests(Slo(ttft_s=1.0, e2e_s=30.0), 21.0, 50.0) == 6000  # TTFT says nothing of the answer
     assert trial_requests(Slo(ttft_s=1.0), 21.0, 0.1) == LEAST_REQUESTS
     assert trial_requests(Slo(classes={"a": Slo(ttft_s=5.0), "b": Slo(ttft_s=1.0)}), 21.0, 50.0) == 1000
 

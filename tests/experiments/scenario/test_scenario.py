@@ -385,3 +385,16 @@ def test_every_scenario_file_that_comes_along_runs(path: Path) -> None:
     setup = resolve(Scenario.load(path, overrides=["workload.limit=20"]))
     result = setup.run()
     assert set(result.requests.outcome) == {"completed"}
+
+
+def test_the_kv_cache_has_a_dtype_of_its_own() -> None:
+    """In 8 bits twice as many blocks fit."""
+    plain = {
+        "model": "llama-3.1-8b",
+        "cluster": {"nodes": [{"gpu": "H100-SXM", "count": 1}]},
+        "workload": {"rate": 1, "generate": {"requests": 5, "input": {"fixed": 100}, "output": {"fixed": 5}}},
+        "system": {"name": "vllm", "tp": 1},
+    }
+    kinds: list[dict[str, str]] = [{}, {"kv_dtype": "float8"}]
+    blocks = [resolve(Scenario.of({**plain, **more})).run().rows.replicas[0].total_blocks for more in kinds]
+    assert blocks[1] in (2 * blocks[0], 2 * blocks[0] + 1)

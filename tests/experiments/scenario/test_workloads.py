@@ -355,3 +355,34 @@ def test_the_workloads_of_the_page_run() -> None:
 def test_the_schema_needs_no_plots() -> None:
     code = "import sys, experiments.pages.schema_page; sys.exit('matplotlib' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_recording_that_begins_anew_shares_nothing_with_its_first_time(tmp_path: Path) -> None:
+    """Other sessions, other prefixes, the same lengths; ids go on."""
+    file = tmp_path / "trace.csv"
+    rows = ["arrival_s,input_tokens,output_tokens,session", "0,10,1,a", "1,20,2,b"]
+    file.write_text("\n".join(rows))
+    spec = WorkloadSpec(trace=str(file), rate=5.0)
+    stream = list(RequestStream(spec, seed=0, max_model_len=None, at_least=5))
+    assert [(one.id, one.input_tokens, one.session) for one in stream] == [
+        (0, 10, "a"), (1, 20, "b"), (2, 10, "a/1"), (3, 20, "b/1"), (4, 10, "a/2"),
+    ]  # fmt: skip
+    assert [one.arrival_s for one in stream] == sorted(one.arrival_s for one in stream)
+
+
+@pytest.mark.parametrize("at_least", [3, 40, 500])
+def test_what_is_drawn_goes_on_and_begins_as_it_did(at_least: int) -> None:
+    generated = {"requests": 40, "input": {"fixed": 9}, "output": {"uniform": [1, 9]}}
+    spec = WorkloadSpec(generate=generated, rate=5.0)  # type: ignore[arg-type]
+    plain, longer = (list(RequestStream(spec, seed=0, max_model_len=None, at_least=n)) for n in (None, at_least))
+    assert len(longer) == max(40, at_least)
+    if at_least <= 40:
+        assert longer == plain
+
+
+def test_classes_go_on_together() -> None:
+    part = {"requests": 10, "input": {"fixed": 9}, "output": {"fixed": 2}}
+    spec = WorkloadSpec(rate=4.0, mix={"a": {"generate": part, "share": 3}, "b": {"generate": part}})  # type: ignore[arg-type]
+    stream = list(RequestStream(spec, seed=0, max_model_len=None, at_least=400))
+    assert len(stream) == 400
+    assert sum(one.klass == "a" for one in stream) / 400 == pytest.approx(0.75, abs=0.06)

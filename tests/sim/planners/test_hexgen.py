@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim import Cluster, Problem, Slo, Workload
+from sim import Cluster, Limits, Problem, Slo, Workload
 from sim.model import model
 from sim.planners.hexgen import HexGen, World
 from sim.planners.hexgen.cost import Costs, Wire
@@ -218,3 +218,21 @@ def test_more_slots_wait_longer_for_prompts_and_stay_within_the_slo() -> None:
     alone = World(where, HexGen(continuous=False)).server((2,))
     assert alone.slots == 1
     assert alone.busy_s == pytest.approx(alone.prefill_s + loose.output_tokens * alone.step_s)
+
+
+def test_what_no_replica_holds_costs_goodput_and_is_said() -> None:
+    """16,000 tokens of KV a replica: one of four requests ends with 16,001 in it, another just fits."""
+    lengths = ((500, 100), (500, 100), (15_000, 1_001), (15_000, 1_002))
+    limits = Limits(num_kv_blocks=1000)
+    where = replace(mixed(), workload=Workload(rate_per_s=2.0, lengths=lengths), limits=limits)
+    planner = HexGen(generations=1, prices="paper")
+    group: Partition = ((4, 4, 0),)
+    assert World(where, planner).refused(group) == 0.25
+    all_fit = replace(where, limits=Limits(num_kv_blocks=1001))
+    lost, fewer = World(where, planner).judge(group)[0], World(all_fit, planner).judge(group)[0]
+    assert lost == pytest.approx(fewer / 0.75)
+    said = [line for line in planner.explain(where) if "rejected" in line]
+    assert said == [
+        "no replica holds more than 16000 tokens of KV: 25.0% of the workload's requests are longer and will be "
+        "rejected"
+    ]
