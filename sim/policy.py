@@ -239,6 +239,9 @@ class Batch(Protocol):
     def prefilling(self) -> Sequence[RequestView]:
         """Admitted requests whose prompt is unfinished, in order of admission."""
 
+    def ahead(self) -> Sequence[tuple[RequestView, int]]:
+        """Those of ``prefilling`` that were admitted before a decoding one, with how many decode that came before."""
+
     @property
     def swapped(self) -> Sequence[RequestView]:
         """Requests whose KV lies in host memory, first swapped out first."""

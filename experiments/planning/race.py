@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from math import inf
+from math import ceil, inf
 
 from experiments.scenario.requests import RequestStream
 from experiments.scenario.resolve import Setup
@@ -30,6 +30,8 @@ MARGIN = 1.15
 """What the LP says may be so much too low: it takes mean lengths for all."""
 FIRST, MOST = 300, 6000
 """Requests that a trial of the race looks at first, and at most."""
+LEAST_SPAN_S = 60.0
+"""A trial lasts so long at least: the means of fewer requests are not those that the plan was made for."""
 HALVINGS = 8
 
 
@@ -67,6 +69,7 @@ class Trials:
         self.count += 1
         setup = one.setup
         need = trial_requests(setup.problem.slo, setup.problem.workload.mean_output_tokens, rate_per_s)
+        need = max(need, ceil(LEAST_SPAN_S * rate_per_s))
         if whole:
             return self._kept(one, rate_per_s, need, sustained)
         need = min(need, MOST)

@@ -46,13 +46,21 @@ class TokenBudget:
         make_room(batch, choose=self._victim)
         decodes = batch.num_decodes
         if decodes:
-            late = batch.decoding[budget:] if decodes > budget else ()
+            most = budget - self._ahead(batch, budget)
+            late = batch.decoding[most:] if decodes > most else ()
             budget -= decodes - len(late)
             batch.decode(leave_out=late)
         if batch.prefilling:
             budget = self._continue_prompts(batch, budget)
         if not batch.preempted:
             self._admit(batch, budget)
+
+    def _ahead(self, batch: Batch, budget: int) -> int:
+        """Tokens of prompts that run before some of the decodes, in the order of admission, and take theirs first."""
+        tokens = 0
+        for request, decodes in batch.ahead():
+            tokens += max(0, min(self._capped(request.remaining_tokens), budget - decodes - tokens))
+        return tokens
 
     def _continue_prompts(self, batch: Batch, budget: int) -> int:
         """The next chunk of every admitted prompt; a victim's tokens go back to the budget, which is returned."""

@@ -137,6 +137,9 @@ class NodeDraft:
 
     # ------------------------------------------------------------ reads
 
+    def ahead(self) -> Sequence[tuple[RequestView, int]]:
+        return ()
+
     @property
     def now_s(self) -> float:
         return to_s(self._now_ps)

@@ -329,3 +329,24 @@ def test_without_chunking_a_cap_below_the_budget_still_cuts_prompts() -> None:
     result = run(lab, [request(0, 0.0, 230, 2)], plan=ONE, step_by_step=True)
     assert [fill.chunks for fill in fills if fill.chunks] == [{0: 100}, {0: 100}, {0: 30}]
     assert result.rows.requests[0].outcome == "completed"
+
+
+def test_a_prompt_that_was_admitted_before_a_decode_has_its_chunk_first() -> None:
+    """Three tokens a batch, two of a prompt at most: the second's decodes get what the first's chunks leave, one token.
+
+    The third, admitted before there were more decodes than that, waits for the first's prompt to end.
+    """
+    lab, fills = spied(system(lambda: TokenBudget(long_prefill_token_threshold=2), max_num_batched_tokens=3))
+    requests = [request(0, 0.0, 10, 2), request(1, 0.0, 1, 4), request(2, 0.0, 1, 4)]
+    run(lab, requests, plan=ONE, step_by_step=True)
+    chunks = [(fill.chunks, fill.decodes, fill.left_out) for fill in fills]
+    assert chunks[:3] == [({0: 2, 1: 1}, [], []), ({0: 2}, [1], []), ({0: 2}, [1], [])]
+    assert all(sum(fill.chunks.values()) + len(fill.decodes) <= 3 for fill in fills)
+
+
+def test_decodes_behind_a_chunk_pause_when_the_budget_ends() -> None:
+    """Four tokens a batch, three of a prompt: two short prompts decode behind a long one, which leaves one token."""
+    lab, fills = spied(system(lambda: TokenBudget(long_prefill_token_threshold=3), max_num_batched_tokens=4))
+    requests = [request(0, 0.0, 9, 1), request(1, 0.0, 1, 3), request(2, 0.015, 1, 3)]
+    run(lab, requests, plan=ONE, step_by_step=True)
+    assert [(fill.chunks, fill.decodes) for fill in fills[:3]] == [({0: 3, 1: 1}, []), ({0: 3}, [1]), ({0: 3}, [1])]

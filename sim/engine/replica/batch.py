@@ -71,6 +71,20 @@ class Draft:
         jobs = self.replica.prefilling
         return [job for job in jobs if not job.in_flight] if jobs else ()
 
+    def ahead(self) -> Sequence[tuple[Job, int]]:
+        running = self.replica.running
+        if not self.replica.prefilling:
+            return ()
+        behind = sum(1 for _ in takewhile(self.replica.prefilling.__contains__, reversed(running)))
+        if behind == len(self.replica.prefilling):
+            return ()
+        decoding, before, found = set(self.decoding), 0, []
+        for job in islice(running, len(running) - behind):
+            before += job in decoding
+            if job in self.replica.prefilling and not job.in_flight:
+                found.append((job, before))
+        return found
+
     @property
     def swapped(self) -> Sequence[Job]:
         return tuple(self.replica.swapped)

@@ -91,13 +91,16 @@ class Delivery:
     @property
     def room(self) -> int:
         """Blocks that must be free at the target."""
+        if not self.job.hashes:
+            return self.blocks
         known = self.known_there()
         return self.blocks - len(known) + self.target.ledger.idle_blocks(known) if known else self.blocks
 
     def let_in(self) -> None:
         """Take the blocks at the target. Only what is missing there moves."""
         ledger = self.target.ledger
-        self.known = self.known_there()
+        if self.job.hashes:
+            self.known = self.known_there()
         if self.known:
             ledger.share(self.known)
             tokens = self.move.tokens - len(self.known) * ledger.block_size
@@ -113,8 +116,9 @@ class Delivery:
         job.blocks = self.blocks - job.copied_blocks - len(self.known)
         job.shared = list(self.known)
         job.published = len(self.known)
-        target.settle()
-        target.publish(job, job.computed_tokens)
+        if job.hashes:
+            target.settle()
+            target.publish(job, job.computed_tokens)
         target.land(job)
 
 
@@ -299,7 +303,7 @@ class ReplicaState:
     def join(self, job: Job) -> None:
         """The job decodes from the next batch on."""
         self.idle_cohort().join(job)
-        if job.published < len(job.hashes) and job.samples == 1 and self.ledger.prefix_caching:
+        if job.hashes and job.published < len(job.hashes) and job.samples == 1 and self.ledger.prefix_caching:
             self.publishing[job] = None
 
     def _publish_answers(self, cohort: Cohort) -> None:
@@ -323,8 +327,9 @@ class ReplicaState:
 
     def release(self, job: Job, whole_blocks: int = 0) -> None:
         """Give the job's blocks back; of the first ``whole_blocks`` it may come for those that no hash tells of."""
-        own = whole_blocks - len(job.hashes) if self.ledger.prefix_caching else 0
-        self.publishing.pop(job, None)
+        own = whole_blocks - len(job.hashes) if whole_blocks and self.ledger.prefix_caching else 0
+        if self.publishing:
+            self.publishing.pop(job, None)
         if own > 0:
             self.ledger.give(job.blocks + job.copied_blocks - own)
             job.run = self.ledger.keep(own, job)
@@ -369,7 +374,7 @@ class ReplicaState:
     def progress(self, flight: Flight, done: int, *, started: bool) -> None:
         """Bring the state to ``done`` completed iterations; ``started``: the next one holds its blocks."""
         cohort, steps = flight.cohort, done - flight.done
-        while cohort is not None and cohort.size and self.publishing and steps:
+        while self.publishing and steps and cohort is not None and cohort.size:
             few = min(steps, self.iterations_to_publish(cohort))
             self._advance(flight, few, few - 1)  # the iteration under way has its blocks already
             self._publish_answers(cohort)  # before the next one takes any, which may evict what it would find

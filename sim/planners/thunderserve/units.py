@@ -26,8 +26,8 @@ from sim.types import Role, Stage, Work
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
 BATCH_TOKENS = 2048
 """Of a step of a replica that does both phases, where the limits name none (as its batcher has it)."""
-MOST_BATCHED_PROMPT_TOKENS = 16384
-"""Prompts in one step, when what they gain by batching is looked at."""
+BATCHED_TOKENS = (4096, 16384)
+"""Of prompts in one step, when what they gain by batching is looked at."""
 MOST_MACHINES = 4
 """Of a pipeline over machines of one kind."""
 
@@ -91,7 +91,8 @@ class Units:
 
     @cached_property
     def all(self) -> tuple[Unit, ...]:
-        """Of several configurations on as many GPUs of a kind, those with the highest rate, at most and safely."""
+        """Of several configurations on as many GPUs of a kind, those with the highest rate, at most and safely;
+        and all without a pipeline, as one would lay them out by hand."""
         found: list[Unit] = []
         for role in ROLES:
             alike: dict[tuple[Slot, ...], list[Unit]] = defaultdict(list)
@@ -100,7 +101,8 @@ class Units:
                     alike[unit.slots].append(unit)
             for several in alike.values():
                 best = (max(several, key=lambda unit: unit.rate_per_s), max(several, key=lambda unit: unit.safe_per_s))
-                found.extend({unit.stages: unit for unit in best}.values())
+                plain = (unit for unit in several if len(unit.stages) == 1)
+                found.extend({unit.stages: unit for unit in (*best, *plain)}.values())
         return tuple(found)
 
     # ------------------------------------------------------------ which
@@ -172,17 +174,21 @@ class Units:
         safe = safe_load(server, server.alone_s, self.sample, self.problem.slo)
         if not safe:
             return 0.0, 0.0
-        rate = server.capacity_per_s * self._batching(stages) if role == "prefill" else self._mixed(stages)
+        rate = self._prompts_per_s(server) if role == "prefill" else self._mixed(stages)
         return rate, safe * rate
 
-    def _batching(self, stages: tuple[Stage, ...]) -> float:
-        """How many times faster prompts are together than one by one."""
-        tokens = max(1, round(self.sample.mean_input))
-        times = []
-        for count in (1, 2, 4, 8, 16, 32):
-            if count == 1 or count * tokens <= MOST_BATCHED_PROMPT_TOKENS:
-                times.append(max(self.layouts.stage_seconds(stages, Work(((tokens, 0),) * count, 0, 0))) / count)
-        return times[0] / min(times)
+    def _prompts_per_s(self, server: Prefiller) -> float:
+        """One by one, or in batches of so many tokens if those are faster: short prompts gain most by company."""
+        best = server.capacity_per_s
+        for size in BATCHED_TOKENS:
+            total_s, batch = 0.0, list[tuple[int, int]]()
+            for tokens in [*self.sample.inputs.tolist(), size]:  # the last is not counted
+                if batch and sum(chunk[0] for chunk in batch) + tokens > size:
+                    total_s += max(self.layouts.stage_seconds(server.stages, Work(tuple(batch), 0, 0)))
+                    batch = []
+                batch.append((tokens, 0))
+            best = max(best, len(self.sample.inputs) / total_s)
+        return best
 
     def _decode(self, stages: tuple[Stage, ...]) -> tuple[float, float]:
         """Safely: whole requests have room, and tokens a tenth of their time."""
