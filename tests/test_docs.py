@@ -28,7 +28,7 @@ STAND_INS = {
 }
 """What is run in place of a command that wants a GPU, a long time or a big model."""
 NOT_RUN = ("pip install", "export ")
-SLOW = {"calibrate", "validate", "rent"}
+SLOW = {"calibrate", "validate", "rent", "start"}
 TWO_LAYERS = """{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 200, "max_position_embeddings": 4096,
 "torch_dtype": "float32"}"""

@@ -276,4 +276,4 @@ def test_every_format_is_imported(format_: str, shared_data: Path) -> None:
 
 
 def test_every_format_has_a_test() -> None:
-    assert set(FORMATS) == {*SOURCES, "vidur", "distserve"}
+    assert set(FORMATS) == {*SOURCES, "vidur", "distserve", "csv"}

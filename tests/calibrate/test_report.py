@@ -239,7 +239,7 @@ def test_a_closed_form_drives_a_scenario() -> None:
         "model": "opt-13b",
         "cluster": {"nodes": [{"gpu": "A100-80G-SXM", "count": 1}]},
         "workload": {"generate": {"requests": 1, "input": {"fixed": 1000}, "output": {"fixed": 3}}, "rate": 1},
-        "system": {"name": "vllm", "engine": {"max_num_batched_tokens": 2048}},
+        "system": {"name": "vllm", "engine": {"max_num_batched_tokens": 2048, "async_scheduling": False}},
         "latency": {"A100-80G-SXM": "distserve-a100"},
     }
     setup = resolve(Scenario.of(data))
