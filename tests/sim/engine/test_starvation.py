@@ -24,8 +24,8 @@ from tests.test_laws import OF_NODES, SETTINGS, traffic, worlds
 from tests.toys import cluster, problem, request, run, with_limits
 
 PATIENCE = 3
-"""Iterations that a replica may take to notice: what came during one is looked at after it, or after the next one by a
-scheduler that decides a step ahead."""
+"""Iterations that a replica may take to notice: what came during one is looked at after it. A scheduler that decides a
+step ahead takes one more."""
 
 
 class Watch:
@@ -64,6 +64,8 @@ def could_join(replica: ReplicaState) -> bool:
 
     if replica.arrived or replica.swapped:
         return bool(replica.swapped) and all(map(fits, replica.swapped))
+    if replica.waiting:  # somebody whose prompt is computed again here is first in line
+        return False
     return bool(replica.inbox) and not replica.arriving and fits(replica.inbox[0].job)
 
 
@@ -122,7 +124,7 @@ def test_no_decode_replica_starves_itself(name: str, world: dict[str, Any], requ
     system, found = watched(with_limits(SETTINGS[name](), **world["limits"]))
     where = problem(cluster(gpus=2, nodes=2, gbps=world["gbps"]), world["cost"])
     run(system, requests, where, step_by_step=True, predictor=TrueLength())
-    assert max(found, default=0) <= PATIENCE
+    assert max(found, default=0) <= PATIENCE + world["limits"]["async_scheduling"]
 
 
 # ---------------------------------------------------------------- how Saturating sees to it
