@@ -7,7 +7,7 @@ vLLM's names at its top level. Every default that is used is listed in ``Facts.a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,8 @@ class Facts:
     long_prefill_token_threshold: int
     reserve_full_prompt: bool
     assumed: tuple[str, ...]
+    unmodelled: tuple[str, ...] = ()
+    """Settings that change times and that no prediction knows: each with what is taken in its place."""
 
 
 class _Meta:
@@ -177,7 +179,36 @@ def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
         long_prefill_token_threshold=look.integer("long_prefill_token_threshold", 0),
         reserve_full_prompt=look.flag("scheduler_reserve_full_isl", known.reserve_full_prompt),
         assumed=tuple(look.assumed),
+        unmodelled=tuple(_unmodelled(look, name)),
     )
+
+
+UNMODELLED: Mapping[str, tuple[Any, str]] = {
+    "enable_expert_parallel": (False, "experts are taken as cut like any MLP, not divided among the GPUs"),
+    "enable_eplb": (False, "experts get equal shares of the tokens, and none is replicated"),
+    "speculative_config": (None, "every step gives one token a sequence"),
+    "decode_context_parallel_size": (1, "a sequence's KV is not divided among the GPUs"),
+    "prefill_context_parallel_size": (1, "a prompt is not divided among the GPUs"),
+    "cpu_offload_gb": (0, "all weights are taken to be on the GPU"),
+    "kv_offloading_size": (None, "KV that leaves the GPU is lost"),
+    "enable_lora": (False, "adapters cost nothing"),
+    "enable_dbo": (False, "collectives and kernels do not overlap"),
+    "ubatch_size": (0, "collectives and kernels do not overlap"),
+}
+"""Of vLLM's settings those that change times and are not modelled: the value that leaves them out, and what is done."""
+
+
+def _unmodelled(look: _Meta, name: str) -> Iterator[str]:
+    for setting, (off, instead) in UNMODELLED.items():
+        value = look.get(setting)
+        if value not in (None, off, False, 0):
+            yield f"{setting} {value if isinstance(value, int | float | str) else 'is on'}: {instead}"
+    ranks = look.get("data_parallel_size")
+    if isinstance(ranks, int) and ranks > 1 and model(name).num_experts is not None:
+        yield (
+            f"data_parallel_size {ranks}: taken as independent replicas, each with all experts; the engine runs the "
+            "ranks in lockstep, with dummy batches"
+        )
 
 
 def _asynchronous(look: _Meta, known: Release, pp: int) -> bool:

@@ -185,6 +185,8 @@ def main(
     typer.echo(described(recorded, result))
     for note in study.notes:
         typer.echo(f"- assumed: {note}")
+    for note in recorded.facts.unmodelled:
+        typer.echo(f"- not modelled: {note}")
     frame = rows_frame([study]).drop(columns=["study", "case", "use"])
     typer.echo(table(frame))
     if out is not None:

@@ -107,6 +107,25 @@ def test_hugging_face_names_are_known(name: str, ours: str) -> None:
     assert read_facts({**SPARSE, "model": name}).model == ours
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"enable_expert_parallel": True}, "enable_expert_parallel True: experts are taken as cut"),
+        ({"engine_kwargs": {"speculative_config": {"method": "eagle"}}}, "speculative_config is on"),
+        ({"model": "Qwen/Qwen3-30B-A3B", "data_parallel_size": 2}, "taken as independent replicas"),
+    ],
+)
+def test_settings_that_no_prediction_knows_are_named(settings: dict[str, Any], named: str) -> None:
+    assert any(named in note for note in read_facts({**SPARSE, **settings}).unmodelled)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"enable_expert_parallel": False, "cpu_offload_gb": 0}, {"data_parallel_size": 2}]
+)
+def test_settings_that_are_off_are_not(settings: dict[str, Any]) -> None:
+    assert read_facts({**SPARSE, **settings}).unmodelled == ()
+
+
 def test_eager_engines_are_told_of() -> None:
     assert any("enforce_eager" in note for note in read_facts({**SPARSE, "enforce_eager": True}).assumed)
     assert not any("enforce_eager" in note for note in read_facts({**SPARSE, "enforce_eager": False}).assumed)
