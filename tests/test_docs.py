@@ -36,7 +36,7 @@ TWO = """
 model: two.json
 cluster: {nodes: [{gpu: CPU, count: 1}]}
 workload: {generate: {requests: 10, input: {uniform: [20, 80]}, output: {uniform: [4, 16]}}, rate: 100}
-system: {name: vllm, tp: 1, engine: {num_kv_blocks: 500}}
+system: {name: vllm, tp: 1, engine: {num_kv_blocks: 500, prefix_caching: false}}
 accept_error: 10
 """
 SCENARIO = """

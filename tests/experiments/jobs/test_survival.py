@@ -122,7 +122,7 @@ def test_killed_at_random_moments_it_goes_on(scenario: Path, where: tuple[str, .
             workers = [one for one in family[1:] if "spawn_main" in " ".join(_command(one))]
             if workers:
                 dice.choice(workers).kill()
-            process.communicate(timeout=240)
+        process.communicate(timeout=240)
         folder = finished(scenario, out, *where)
         _, entries = read(folder)
         lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()[1:]]

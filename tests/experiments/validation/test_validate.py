@@ -68,7 +68,7 @@ def scenario(folder: Path, system: dict[str, Any], requests: int = 12, **more: A
             "generate": {"requests": requests, "input": {"uniform": [20, 60]}, "output": {"uniform": [4, 12]}},
             "rate": 100,
         },
-        "system": system | {"engine": {"num_kv_blocks": 200}},
+        "system": system | {"engine": {"num_kv_blocks": 200, "prefix_caching": False, "async_scheduling": False}},
         "latency": "roofline",
         **more,
     }
