@@ -33,6 +33,8 @@ TABLES = ("requests", "steps", "links", "memory", "replicas")
 OPTIONAL_TABLES = ("notes", "tokens")
 MARK = "summary.json"
 """The file by which a directory of ours is known."""
+NEW = ".new-"
+"""Begins the names of folders whose files are not yet in their places."""
 JOURNAL = "journal.jsonl"
 """Of a job that is under way, or was: what is finished of it."""
 PACKAGES = ("phasewise", "numpy", "scipy", "pandas", "pyarrow", "simpy", "pydantic", "matplotlib")
@@ -209,7 +211,9 @@ def into_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder inside ``folder`` whose files go there, each whole, if the block succeeds; others stay."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as name:
+        for left in folder.glob(f"{NEW}*"):  # by a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=NEW, dir=folder) as name:
             yield Path(name)
             for file in sorted(Path(name).iterdir(), key=lambda file: file.name == MARK):
                 file.replace(folder / file.name)

@@ -18,6 +18,7 @@ from experiments.jobs.executor import LOSSES, ClusterLostError, Jobs, PointError
 from experiments.jobs.journal import FILE, opened, read
 from experiments.jobs.run import StoppedError, Where, jobs, shard_of
 from experiments.jobs.workers import Here, Workers, local
+from experiments.runs.rundir import into_folder
 from sim.types import ConfigError, InfeasibleError
 
 STUDY = {"name": "squares", "hash": "abc"}
@@ -234,3 +235,12 @@ def test_shards(tmp_path: Path) -> None:
 def test_one_worker_is_this_process() -> None:
     assert local(1).count == 1
     assert isinstance(local(1).fresh(), Here)
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".new-abc").mkdir()
+    (tmp_path / ".new-abc" / "runs.csv").write_text("half")
+    with into_folder(tmp_path) as new:
+        (new / "runs.csv").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
+    assert (tmp_path / "runs.csv").read_text() == "whole"
