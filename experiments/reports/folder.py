@@ -49,7 +49,8 @@ def read_folder(path: Path) -> Folder:
     if kind == "comparison":
         runs = {label: read_run(path / folder) for label, folder in summary["runs"].items()}
     elif kind == "run":
-        runs = {summary.get("name") or path.name: read_run(path)}
+        run = read_run(path)
+        runs = {run.summary["system"]: run}
     first = path / next(iter(summary["runs"].values())) if kind == "comparison" else path
     names = {"sweep": ("runs", "means"), "goodput": ("goodput", "curve"), "plan": ("candidates", "search", "cluster")}
     tables = {name: table for name in names.get(kind, ()) if (table := _csv(path / f"{name}.csv")) is not None}

@@ -20,11 +20,12 @@ from sim.metrics import LATENCIES
 SLOWEST = 20
 PLAN = {
     "file": "plan",
+    "found_by": "found by",
     "replicas": "replicas",
     "gpus": "GPUs",
     "idle_gpus": "idle",
-    "simulated_attainment": "within SLO, engine",
-    "predicted_attainment": "by the planner",
+    "simulated_attainment": "within SLO (%)",
+    "predicted_attainment": "by the planner (%)",
     "goodput_per_s": "goodput (1/s)",
     "usd_per_hour": "$/h",
     "usd_per_million_tokens": "$/1M tokens",
@@ -237,27 +238,43 @@ def _rates(rows: list[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _plan(folder: Folder) -> Report:
-    rows = pd.DataFrame(folder.summary["plans"])
-    rows["gpus"] = [", ".join(f"{count} {gpu}" for gpu, count in gpus.items()) for gpus in rows["gpus"]]
-    best = folder.summary["plans"][0]
+    """The planner's own sentence where it has one; colocated vLLM beside it."""
+    summary, best = folder.summary, folder.summary["plans"][0]
+    baselines = summary.get("baselines", [])
+    parts: list[Any] = [picture] if (picture := folder.picture("cluster")) else []
+    log = folder.tables.get("search")
     shares = ", ".join(
         f"{100 * best[key]:.1f} % of the requests within the SLO {how}"
         for key, how in (("simulated_attainment", "in the engine"), ("predicted_attainment", "by the planner"))
         if best[key] is not None
     )
     price = "" if best["usd_per_hour"] is None else f", ${best['usd_per_hour']:,.2f} an hour"
-    goodput = "" if best["goodput_per_s"] is None else f", carries {best['goodput_per_s']:.3g} requests/s"
-    parts: list[Any] = [picture] if (picture := folder.picture("cluster")) else []
-    log = folder.tables.get("search")
+    plain = f"The best plan has {best['replicas']} replicas on {_counted(best['gpus'])}: {shares}{price}."
     found = [charts.search(log)] if log is not None and len(log) else []
     return Report(
-        headline=f"The best plan has {best['replicas']} replicas on {rows['gpus'][0]}: {shares}{goodput}{price}.",
+        headline=summary.get("sentence") or plain,
         sections=[
-            Section(title="Plans", parts=[table(rows[list(PLAN)].rename(columns=PLAN), name="plans")], wide=True),
+            Section(title="Plans", parts=[table(_plans(summary["plans"]), name="plans")], wide=True),
+            Section(title="Colocated vLLM beside it", wide=True,
+                    parts=[table(_plans(baselines), name="baselines")] if baselines else []),
             Section(title="The best one on its cluster", parts=parts, wide=True),
             Section(title="How it was found", parts=found, wide=True),
         ],
-    )
+    )  # fmt: skip
+
+
+def _plans(rows: list[Mapping[str, Any]]) -> pd.DataFrame:
+    """The columns that ``PLAN`` names, without those that say nothing of any row; shares in per cent."""
+    frame = pd.DataFrame([{**row, "gpus": _counted(row["gpus"])} for row in rows])
+    frame = frame[[name for name in PLAN if name in frame.columns and frame[name].notna().any()]]
+    for name in ("simulated_attainment", "predicted_attainment"):
+        if name in frame.columns:
+            frame[name] = 100 * frame[name].astype(float)
+    return frame.rename(columns=PLAN)
+
+
+def _counted(gpus: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {gpu}" for gpu, count in gpus.items())
 
 
 # ---------------------------------------------------------------- where it all comes from

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,17 +24,13 @@ STYLE = """
 """
 
 
-def table(rows: pd.DataFrame, *, name: str, formats: Mapping[str, str] | None = None) -> DataTable:
-    """A frame as a table; columns keep their names.
-
-    ``formats``: numeral.js forms by column; other numbers get four significant digits' worth.
-    """
-    formats = formats or {}
+def table(rows: pd.DataFrame, *, name: str) -> DataTable:
+    """A frame as a table; columns keep their names. Numbers of a column have the decimals that its small ones need."""
     columns = [
         TableColumn(
             field=str(column),
             title=str(column),
-            formatter=_formatter(rows[column], formats.get(str(column))),
+            formatter=_formatter(rows[column]),
             width=_width_px(str(column), rows[column]),
         )
         for column in rows.columns
@@ -59,16 +55,20 @@ def _width_px(name: str, column: pd.Series[Any]) -> int:
     return min(WIDEST_PX, max(72, 8 * len(name) + 26, 7 * text + 18))
 
 
-def _formatter(column: pd.Series[Any], form: str | None) -> NumberFormatter | StringFormatter:
+def _formatter(column: pd.Series[Any]) -> NumberFormatter | StringFormatter:
     if not pd.api.types.is_numeric_dtype(column):
         return StringFormatter()
-    if form is None:
-        largest = float(np.nanmax(np.abs(column.to_numpy(dtype=float)))) if column.notna().any() else 0.0
-        whole = pd.api.types.is_integer_dtype(column)
-        form = (
-            "0,0" if whole or largest >= 1000 else "0,0.0" if largest >= 100 else "0.00" if largest >= 1 else "0.0000"
-        )
-    return NumberFormatter(format=form, text_align="right", nan_format="-")
+    return NumberFormatter(format=_form(column), text_align="right", nan_format="-")
+
+
+def _form(column: pd.Series[Any]) -> str:
+    """Of numeral.js: whole numbers as such, else so that the smallest that is not 0 has a digit or two to show."""
+    values = np.abs(column.dropna().to_numpy(dtype=float))
+    values = values[values > 0]
+    if pd.api.types.is_integer_dtype(column) or not values.size:
+        return "0,0"
+    forms = ((100.0, "0,0.0"), (1.0, "0,0.00"), (0.0, "0,0.0000"))
+    return next(form for least, form in forms if values.min() >= least)
 
 
 def _values(column: pd.Series[Any]) -> Any:

@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import phasewise as pw
 from experiments.cli import main
+from experiments.reports.tables import table
 
 SCENARIO = """
 model: llama-3.1-8b
@@ -57,7 +59,7 @@ HEADLINES = {
     "comparison": "vllm, split keep 100.0% of the requests within the SLO, on 2 H100-SXM with llama-3.1-8b",
     "sweep": "carries 4 requests/s with 90% within the SLO",
     "goodput": "with 90% within the SLO",
-    "plan": "The best plan has ",
+    "plan": "Rent 2 H100-SXM",
 }
 SECTIONS = {
     "run": ["Latency", "Totals", "Latency distributions", "SLO attainment, memory and queues", "What the GPUs do",
@@ -67,7 +69,8 @@ SECTIONS = {
     "sweep": ["Highest rates", "By arrival rate", "What can be had at once", "All means",
               "Where the figures come from"],
     "goodput": ["Goodput", "Around it", "Where the figures come from"],
-    "plan": ["Plans", "The best one on its cluster", "How it was found", "Where the figures come from"],
+    "plan": ["Plans", "Colocated vLLM beside it", "The best one on its cluster", "How it was found",
+             "Where the figures come from"],
 }  # fmt: skip
 
 
@@ -126,3 +129,16 @@ def _plain() -> dict[str, Any]:
             "system": {"name": "vllm", "tp": 1},
         }
     ).model_dump(mode="json", exclude_unset=True)
+
+
+def test_small_numbers_keep_their_digits() -> None:
+    """TPOT beside E2E: 0.0376 s must not become 0.04."""
+    forms = {
+        "mixed": [0.0376, 9.62],
+        "large": [120.5, 4000.0],
+        "middle": [1.5, 90.0],
+        "whole": [3, 4],
+        "none": [0.0, 0.0],
+    }
+    shown = table(pd.DataFrame(forms), name="t")
+    assert [column.formatter.format for column in shown.columns] == ["0,0.0000", "0,0.0", "0,0.00", "0,0", "0,0"]
