@@ -71,14 +71,12 @@ def runtime(version: tuple[int, ...] = LATEST) -> Runtime:
     return [found for first, found in RUNTIMES if first <= version][-1]
 
 
-def kv_bytes_available(
-    problem: Problem, stage: Stage, limits: Limits, kept: Runtime | None = None, copies: int = 1
-) -> float:
+def kv_bytes_available(problem: Problem, stage: Stage, limits: Limits, copies: int = 1) -> float:
     """Bytes per GPU of a stage left for KV, after weights, activations and the runtime (may be negative).
 
-    ``kept``: a release's own; None: that of ``LATEST``. ``copies``: of the weights, where models share the GPUs.
+    The runtime's share is that of ``limits.release``. ``copies``: of the weights, where models share the GPUs.
     """
-    model, kept = problem.model, kept or runtime()
+    model, kept = problem.model, runtime(limits.release or LATEST)
     gpus = [problem.cluster.gpu(gpu) for gpu in stage.gpus]
     memory_bytes = (min(gpu.memory_bytes for gpu in gpus) - UNSEEN_BYTES) * limits.gpu_memory_utilization
     tokens = limits.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS
@@ -116,16 +114,14 @@ def _experts_bytes(model: ModelSpec, tokens: int, tp: int) -> float:
     return tokens * model.experts_per_token * (max(2 * inner, model.hidden_size) + inner) * VALUE_BYTES
 
 
-def kv_blocks(
-    problem: Problem, stages: tuple[Stage, ...], limits: Limits, kept: Runtime | None = None, copies: int = 1
-) -> int:
+def kv_blocks(problem: Problem, stages: tuple[Stage, ...], limits: Limits, copies: int = 1) -> int:
     """Blocks that every stage has room for; 0 if the model does not fit. The rest as in ``kv_bytes_available``."""
     if limits.num_kv_blocks is not None:
         return limits.num_kv_blocks
     blocks = []
     for stage in stages:
         per_token = problem.model.kv_bytes_per_token_layer_gpu(stage.tp) * stage.num_layers
-        free_bytes = kv_bytes_available(problem, stage, limits, kept, copies)
+        free_bytes = kv_bytes_available(problem, stage, limits, copies)
         blocks.append(int(free_bytes // (per_token * limits.block_size)))
     return max(0, min(blocks))
 

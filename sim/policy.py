@@ -46,6 +46,8 @@ class Limits:
     gpu_memory_utilization: float = 0.9
     num_kv_blocks: int | None = None
     max_model_len: int | None = None
+    release: tuple[int, ...] | None = None
+    """Of vLLM, whose own memory is set aside; None: the one that the tables of ``sim.memory`` call the latest."""
     async_scheduling: bool = False
     """Decide an iteration while the one before it runs, as vLLM does by default from 0.14 on. What comes or ends
     meanwhile counts one iteration later. Not with pipeline stages, which have batches in flight as it is."""
@@ -426,6 +428,7 @@ class System:
     remarks: Callable[[ModelSpec], Sequence[str]] = lambda model: ()
     """What a reader must know before trusting the figures."""
     options: Mapping[str, object] = field(default_factory=dict)
+    """Settings of its scheduler beside the limits, as they came out; for results to show."""
     predictor: Predictor | None = None
     """Of output lengths, where the system is defined by one; whoever simulates may give another."""
 

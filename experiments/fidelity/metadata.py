@@ -159,6 +159,7 @@ def read_facts(meta: Mapping[str, Any], where: str = "metadata") -> Facts:
         max_num_seqs=look.integer("max_num_seqs", sequences),
         max_num_batched_tokens=look.integer("max_num_batched_tokens", tokens),
         max_model_len=longest,
+        release=version,
         block_size=look.integer("block_size", 16),
         num_kv_blocks=blocks,
         gpu_memory_utilization=look.share("gpu_memory_utilization", known.gpu_memory_utilization),

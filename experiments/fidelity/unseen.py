@@ -29,7 +29,7 @@ from experiments.scenario.resolve import ENGINE
 from sim import Limits, Problem, Request, Result, Workload
 from sim.cluster import Cluster, Gpu
 from sim.cost import Overhead, Profile, Roofline
-from sim.memory import kv_blocks, runtime
+from sim.memory import kv_blocks
 from sim.model import ModelSpec, model
 from sim.policy import System
 from sim.systems.schedulers.releases import FIRST_V1
@@ -96,7 +96,7 @@ def limits(facts: Facts) -> Limits:
         limits=facts.limits,
     )
     stages = system(facts).planner.plan(problem).replicas[0].stages
-    blocks = kv_blocks(problem, stages, facts.limits, runtime(facts.version))
+    blocks = kv_blocks(problem, stages, facts.limits)
     return replace(facts.limits, num_kv_blocks=blocks) if blocks else facts.limits
 
 

@@ -13,7 +13,7 @@ from experiments.reports import charts
 from experiments.reports.folder import Folder, Kind
 from experiments.reports.tables import facts, table
 from experiments.runs.rundir import Run
-from experiments.runs.tables import METRICS, apart, notes, winners
+from experiments.runs.tables import METRICS, apart, engine_line, notes, winners
 from experiments.sweeps.sweep import labelled
 from sim.metrics import LATENCIES
 
@@ -297,9 +297,9 @@ def provenance(folder: Folder) -> Section:
     packages = folder.environment.get("packages", {})
     versions = [("git commit", folder.environment.get("git_commit")), ("python", folder.environment.get("python")),
                 ("platform", folder.environment.get("platform")), *packages.items()]  # fmt: skip
-    mirrors = [(label, run.summary["mirrors"]) for label, run in folder.runs.items()]
+    engines = [(label, engine_line(run.summary)) for label, run in folder.runs.items() if run.summary.get("engine")]
     parts: list[Any] = [table(pd.DataFrame(rows), name="step-times")] if rows else []
-    parts += [facts([*[(f"{label} mirrors", text) for label, text in mirrors], *versions], name="versions")]
+    parts += [facts([*engines, *versions], name="versions")]
     return Section(title="Where the figures come from", parts=parts, wide=True)
 
 

@@ -178,8 +178,17 @@ def print_run(summary: Summary) -> None:
     for metric in METRICS[6:]:
         totals.add_row(metric.name, metric.text(metric.value(summary)))
     console.print(totals)
+    if summary.get("engine"):
+        console.print(engine_line(summary), highlight=False, markup=False, soft_wrap=True)
     for note in notes(summary):
         console.print(note, highlight=False, markup=False)
+
+
+def engine_line(summary: Summary) -> str:
+    """Whom the scheduler mirrors, and the settings that held: those that a release or a default filled in as well."""
+    shown = [f"{name} {str(value).lower() if isinstance(value, bool) else value}"
+             for name, value in summary["engine"].items() if value is not None and name != "release"]  # fmt: skip
+    return f"engine: {summary['mirrors']}; {', '.join(shown)}"
 
 
 def _class_table(summary: Summary) -> Table:

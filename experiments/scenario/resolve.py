@@ -103,7 +103,7 @@ class Setup:
             "predicted_gpus": self._predicted(figures["unmeasured_gpus"]),
             "step_times": step_times(self.problem, result),
             "served": served(result),
-            "engine": asdict(self.system.limits),
+            "engine": {**asdict(self.system.limits), **self.system.options},
             "workload": workload,
             "predictor": self.predictor.name,
             "seed": self.problem.seed,

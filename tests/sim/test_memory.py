@@ -193,9 +193,18 @@ def test_experts_keep_their_workspace_beside_the_sampler() -> None:
     where = replace(problem(), model=model("qwen3-30b-a3b"))
     whole = stage(end=where.model.num_layers)
     limits = Limits(max_num_batched_tokens=8192, max_num_seqs=1024)
-    with_it = kv_bytes_available(where, whole, limits)
-    without = kv_bytes_available(where, whole, limits, replace(runtime(), experts_stay=False))
-    assert without - with_it == 8192 * 8 * (2048 + 768) * 2
+    with_it = kv_bytes_available(where, whole, replace(limits, release=(0, 17)))
+    without = kv_bytes_available(where, whole, replace(limits, release=(0, 16)))  # and 38 bytes a logit, not 15.4
+    logits = (38 - 15.4) * 1024 * where.model.vocab_size
+    assert without - with_it == pytest.approx(8192 * 8 * (2048 + 768) * 2 - logits, abs=1)
+
+
+def test_a_release_has_its_own_memory_in_the_ledger() -> None:
+    """0.21 sets 0.84 GiB aside for CUDA graphs, which 0.20 does not."""
+    where, limits = problem(), Limits(max_num_batched_tokens=1)
+    room = [kv_bytes_available(where, stage(), replace(limits, release=name)) for name in ((0, 20), (0, 21))]
+    assert (room[0] - room[1]) / 2**30 == pytest.approx(0.84)
+    assert kv_bytes_available(where, stage(), limits) == room[0]
 
 
 @pytest.mark.parametrize("server", [*memory.servers()], ids=lambda server: f"{server.spec.name}-{server.gpu.name}")

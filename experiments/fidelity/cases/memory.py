@@ -19,7 +19,7 @@ from experiments.fidelity.table import Bar, Row, Study, Use, judged, largest_bar
 from sim import Limits, Problem, Workload
 from sim.cluster import Cluster, Gpu, Node, gpu
 from sim.cost import Roofline
-from sim.memory import kv_bytes_available, runtime
+from sim.memory import kv_bytes_available
 from sim.model import ModelSpec, model
 from sim.types import Stage
 
@@ -94,9 +94,12 @@ def predicted_gib(server: Server) -> float:
         cost=Roofline(),
         workload=Workload(rate_per_s=1.0, lengths=((1000, 100),)),
     )
-    limits = Limits(max_num_seqs=server.seqs, max_num_batched_tokens=server.tokens, gpu_memory_utilization=server.share)
+    limits = Limits(
+        max_num_seqs=server.seqs, max_num_batched_tokens=server.tokens, gpu_memory_utilization=server.share,
+        release=server.version,
+    )  # fmt: skip
     stage = Stage(name="all", gpus=cluster.gpu_ids, first_layer=0, end_layer=server.spec.num_layers)
-    return kv_bytes_available(problem, stage, limits, runtime(server.version)) / GIB
+    return kv_bytes_available(problem, stage, limits) / GIB
 
 
 def servers() -> Iterator[Server]:

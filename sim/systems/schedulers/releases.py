@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sim.cluster import Gpu
 from sim.policy import Limits
@@ -78,8 +79,10 @@ class Release:
             "prefix_caching": self.prefix_caching,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "async_scheduling": self.async_scheduling(pp),
+            "release": self.version,
         }
-        return replace(stated, **{name: value for name, value in defaults.items() if name not in given})  # type: ignore[arg-type]
+        missing: dict[str, Any] = {name: value for name, value in defaults.items() if name not in given}
+        return replace(stated, **missing)
 
 
 def release(version: str | Version | None = None) -> Release:

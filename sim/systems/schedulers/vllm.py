@@ -69,13 +69,15 @@ def vllm(
         raise ConfigError(f"system.index_age_s is {index_age_s}; it must be >= 0, and needs routing: prefix_aware")
     transfer = in_bits(Whole(pull=True), kv_bits, moves=prefill is not None or decode is not None)
 
+    chunked = chunked_prefill is not False
+    whole = known.reserve_full_prompt if reserve_full_prompt is None else reserve_full_prompt
+
     def batcher(role: Role) -> Batcher:
         if mode == "paper":
             return MixedPrompts(preemption)
         if mode == "v0":
             return PrefillFirst(preemption)
-        whole = known.reserve_full_prompt if reserve_full_prompt is None else reserve_full_prompt
-        return TokenBudget(chunked_prefill is not False, long_prefill_token_threshold, whole, policy)
+        return TokenBudget(chunked, long_prefill_token_threshold, whole, policy)
 
     return System(
         name="vllm",
@@ -85,6 +87,7 @@ def vllm(
         batcher=batcher,
         transfer=lambda: transfer,
         rescheduler=RestorePlan,
+        options={"chunked_prefill": chunked, "reserve_full_prompt": whole} if mode == "v1" else {},
         defaults=None if mode != "v1" and version is None else partial(_filled, known, pp),
     )
 

@@ -98,6 +98,7 @@ def test_a_bare_vllm_is_todays() -> None:
     names = ("max_num_seqs", "max_num_batched_tokens", "prefix_caching", "async_scheduling", "gpu_memory_utilization")
     assert [engine[name] for name in names] == [1024, 8192, True, True, 0.92]
     assert engine["max_model_len"] == 131072
+    assert (engine["chunked_prefill"], engine["reserve_full_prompt"], engine["release"]) == (True, True, TODAY)
 
 
 def test_another_release_is_named() -> None:
