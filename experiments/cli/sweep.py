@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from experiments.jobs.executor import Jobs
-    from experiments.jobs.run import Where
     from experiments.sweeps.sweep import Asked
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -67,7 +64,7 @@ def sweep(
     Every finished point is on disk at once: after Ctrl-C, a crash or a reboot the same command goes on. Exit code 1 if
     a point failed, or if no system reaches the SLO's target at any rate; 130 or 143 if it was stopped.
     """
-    from experiments.jobs.run import Where, shard_of
+    from experiments.jobs.run import Where, jobs, shard_of
     from experiments.runs.rundir import check_writable
     from experiments.scenario.file import Scenario
     from experiments.scenario.resolve import resolve
@@ -89,7 +86,7 @@ def sweep(
         resolve(first.scenario)  # a mistake is found before anything runs
     if where.shard is not None:
         todo = todo[where.shard[0] - 1 :: where.shard[1]]
-    with bar(len(todo), "runs", quiet=quiet) as done, _jobs(out, asked, where, done) as executor:
+    with bar(len(todo), "runs", quiet=quiet) as done, jobs(out, asked.study(), where, done) as executor:
         rows = run_points(todo, executor)
     _report(out, asked, rows, partial=where.shard, json_=json_, quiet=quiet)
 
@@ -119,14 +116,6 @@ def merge(
                 journal.add(key, entry.answer, entry.failed)
     rows = run_points(points(asked), Jobs(local(1), Journal(entries)))
     _report(out, asked, rows, partial=None, json_=json_, quiet=quiet)
-
-
-@contextmanager
-def _jobs(out: Path, asked: Asked, where: Where, done: Any) -> Iterator[Jobs]:
-    from experiments.jobs.run import jobs
-
-    with jobs(out, asked.study(), where, done) as executor:
-        yield executor
 
 
 def _report(

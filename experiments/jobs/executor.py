@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.jobs.content import key_of
-from experiments.jobs.journal import Journal
+from experiments.jobs.journal import JobLostError, Journal
 from experiments.jobs.workers import Workers
 from sim.types import ConfigError, InfeasibleError
 
@@ -22,10 +22,6 @@ INFEASIBLE = "infeasible: "
 
 class PointError(ConfigError):
     """A point has no answer; the text says why."""
-
-
-class ClusterLostError(ConfigError):
-    """The scheduler that handed out points is gone."""
 
 
 @dataclass(eq=False)
@@ -153,7 +149,7 @@ class Jobs(Executor):
 
     def _give_up(self, task: _Task) -> None:
         """No scheduler, no answers: nothing of it is journaled."""
-        error = ClusterLostError("the scheduler is gone; what was finished is kept: run the same command again")
+        error = JobLostError("the scheduler is gone; what was finished is kept: run the same command again")
         for lost in (task, *self._waiting, *self._suspects):
             self._tasks.pop(lost.key, None)
             for future in lost.futures:
@@ -164,14 +160,14 @@ class Jobs(Executor):
     def _finish(self, task: _Task, answer: Any, error: BaseException | None) -> None:
         failed = None if error is None else _reason(error)
         self._tasks.pop(task.key, None)
-        full: OSError | None = None
+        lost: JobLostError | None = None
         try:
             self._journal.add(task.key, answer, failed)
-        except OSError as caught:
-            full = caught
+        except JobLostError as full:
+            lost = full
         for future in task.futures:
-            if full is not None:
-                future.set_exception(full)
+            if lost is not None:
+                future.set_exception(lost)
             else:
                 _settle(future, answer, failed)
             self._done()

@@ -20,6 +20,10 @@ FILE = JOURNAL
 MARK = "phasewise-journal"
 
 
+class JobLostError(ConfigError):
+    """The job cannot go on: there is nobody to ask, or nowhere to keep the answers. No point is at fault."""
+
+
 class Entry(NamedTuple):
     """``failed``: why there is no answer, else None."""
 
@@ -38,10 +42,16 @@ class Journal:
         return self.entries.get(key)
 
     def add(self, key: str, answer: Any, failed: str | None = None) -> None:
-        """Keep an answer (JSON data). It is on disk when this returns."""
-        self.entries[key] = Entry(answer, failed)
+        """Keep an answer (JSON data). It is on disk when this returns; ``JobLostError`` if it cannot be."""
         if self._descriptor is not None:
-            _append(self._descriptor, {"key": key, "answer": answer, "failed": failed})
+            try:
+                _append(self._descriptor, {"key": key, "answer": answer, "failed": failed})
+            except OSError as error:
+                raise JobLostError(
+                    f"the journal cannot be written: {error.strerror}; what was finished is kept: make room, and run "
+                    "the same command again"
+                ) from None
+        self.entries[key] = Entry(answer, failed)
 
     def forget_failures(self) -> None:
         """So that they are tried again."""
@@ -65,10 +75,13 @@ def opened(folder: Path | None, study: Mapping[str, Any]) -> Iterator[Journal]:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}; choose another folder with --out") from None
     try:
         _lock(descriptor, path)
-        entries = _continued(descriptor, path, study)
+        try:
+            entries = _continued(descriptor, path, study)
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be written: {error.strerror}; choose another folder with --out"
+            ) from None
         yield Journal(entries, descriptor)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}; what was finished is kept") from None
     finally:
         os.close(descriptor)
 

@@ -139,7 +139,8 @@ def plan(
 
     ``system``: whose planner; None: the scenario's own. ``seconds``: how long it may search. ``top``: how many of its
     candidates are simulated, on so many ``requests``. ``with_goodput`` also finds the highest rate of each, which takes
-    a dozen simulations. ``InfeasibleError`` says what is missing.
+    a dozen simulations; planners that race in the engine (``climbs``) do so anyway. ``InfeasibleError`` says what is
+    missing.
     """
     setup = resolve(under(load(scenario), system))
     offers = found(setup, seconds=search_seconds(setup, seconds))

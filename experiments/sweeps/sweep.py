@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.jobs.content import digest, plain
-from experiments.jobs.executor import ClusterLostError
+from experiments.jobs.journal import JobLostError
 from experiments.jobs.run import Where, jobs
 from experiments.runs.comparison import Given, variants
 from experiments.runs.rundir import MARK, environment, into_folder, write_json
@@ -188,7 +188,7 @@ def run_points(
     for point, future in zip(todo, futures, strict=True):
         try:
             rows.append({**future.result(), FAILURE: None})
-        except ClusterLostError:
+        except JobLostError:
             raise
         except ConfigError as error:
             rows.append({**_keys(point), FAILURE: str(error)})

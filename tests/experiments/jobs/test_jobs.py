@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.jobs import journal as journals
 from experiments.jobs.content import key_of
-from experiments.jobs.executor import LOSSES, ClusterLostError, Jobs, PointError
-from experiments.jobs.journal import FILE, opened, read
+from experiments.jobs.executor import LOSSES, Jobs, PointError
+from experiments.jobs.journal import FILE, JobLostError, opened, read
 from experiments.jobs.run import StoppedError, Where, jobs, shard_of
 from experiments.jobs.workers import Here, Workers, local
 from experiments.runs.rundir import into_folder
@@ -195,7 +197,7 @@ class Gone(Here):
 def test_a_lost_scheduler_is_said_and_nothing_is_journaled(tmp_path: Path) -> None:
     with opened(tmp_path, STUDY) as journal:
         executor = Jobs(Workers(count=1, fresh=Gone, alive=lambda: False), journal)
-        with pytest.raises(ClusterLostError, match="run the same command again"):
+        with pytest.raises(JobLostError, match="run the same command again"):
             executor.submit(square, 2).result()
     assert read(tmp_path)[1] == {}
 
@@ -244,3 +246,20 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
         (new / "runs.csv").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
     assert (tmp_path / "runs.csv").read_text() == "whole"
+
+
+def test_a_full_disk_ends_the_job_and_no_point_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with jobs(tmp_path, STUDY, Where(workers=1)) as executor:
+        assert executor.submit(square, 2).result() == 4
+        monkeypatch.setattr(journals, "_append", full)
+        with pytest.raises(JobLostError, match="No space left on device; what was finished is kept"):
+            executor.submit(square, 3).result()
+    assert [entry.answer for entry in read(tmp_path)[1].values()] == [4]
+
+
+def test_an_error_of_the_caller_is_not_the_journals(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="mine"), opened(tmp_path, STUDY):
+        raise FileNotFoundError("mine")
