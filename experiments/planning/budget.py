@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from experiments.planning.plan import Found, Option, Progress, found, ranked, tried
-from experiments.scenario.file import NodeSpec, Scenario
+from experiments.scenario.cluster import NodeSpec
+from experiments.scenario.file import Scenario
 from experiments.scenario.resolve import Setup, resolve
 from sim.cluster import Gpu, gpu, gpus
 from sim.planners.hexgen2 import HexGen2

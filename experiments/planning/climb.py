@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from experiments.planning.race import COARSE, Contender, Race, Trials
-from experiments.scenario.file import SystemSpec
 from experiments.scenario.resolve import Setup, resolve
+from experiments.scenario.system import SystemSpec
 from sim.planners.thunderserve import TabuSearch
 from sim.planners.thunderserve.capacity import Bound, Shape
 from sim.planners.thunderserve.place import Placed

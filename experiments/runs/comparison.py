@@ -21,8 +21,9 @@ from experiments.runs.rundir import (
     write_run_files,
 )
 from experiments.runs.tables import METRICS, comparison_json
-from experiments.scenario.file import Scenario, VariantSpec, load
+from experiments.scenario.file import Scenario, load
 from experiments.scenario.resolve import resolve
+from experiments.scenario.system import VariantSpec
 from sim.cluster import did_you_mean
 from sim.systems import SYSTEMS
 from sim.types import ConfigError, InfeasibleError

@@ -25,10 +25,11 @@ from pydantic import ValidationError, validate_call
 from calibrate.profile.file import read_profile, shipped_profiles
 from calibrate.profile.relatives import kernels_for
 from experiments.scenario.complaints import first_fault
-from experiments.scenario.file import EngineSpec, EventSpec, OverheadSpec, Scenario, SloSpec, SystemSpec
+from experiments.scenario.file import Scenario
 from experiments.scenario.planfile import read_plan
 from experiments.scenario.requests import RequestStream
 from experiments.scenario.step_times import step_times
+from experiments.scenario.system import EngineSpec, EventSpec, OverheadSpec, SloSpec, SystemSpec
 from sim.cluster import Cluster, Gpu, did_you_mean, gpu, gpus
 from sim.cost import Fitted, Overhead, Profile, Roofline, StepCost
 from sim.engine import simulate

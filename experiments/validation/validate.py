@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.scenario.file import OverheadSpec
 from experiments.scenario.resolve import Setup, resolve
+from experiments.scenario.system import OverheadSpec
 from experiments.validation.recorded_steps import Recorded, StepPair
 from sim.cost import Overhead
 from sim.engine import simulate

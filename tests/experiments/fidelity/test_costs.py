@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from calibrate.profile.file import profile_text, read_profile, shipped_profiles, write_profile
 from calibrate.profile.relatives import RELATIVES, kernels_for
 from calibrate.profile.scaling import scaled
-from experiments.scenario.file import OverheadSpec
 from experiments.scenario.resolve import build_cost
+from experiments.scenario.system import OverheadSpec
 from sim.cluster import Cluster, gpu
 from sim.cost import (
     AttentionTable,

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from experiments.runs.tables import notes
-from experiments.scenario.file import OverheadSpec, Scenario
+from experiments.scenario.file import Scenario
 from experiments.scenario.resolve import build_cost, resolve, run
+from experiments.scenario.system import OverheadSpec
 from sim import Cluster, ConfigError
 from sim.cost import Fitted, Roofline, seconds
 from sim.model import model

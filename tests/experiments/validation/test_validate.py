@@ -22,8 +22,9 @@ from calibrate.execute.workers import fleet as fleet_module
 from calibrate.execute.workers.fleet import Fleet
 from experiments.cli import main
 from experiments.cli.validate import print_report, tolerances
-from experiments.scenario.file import OverheadSpec, Scenario
+from experiments.scenario.file import Scenario
 from experiments.scenario.resolve import Setup, resolve
+from experiments.scenario.system import OverheadSpec
 from experiments.validation import validate as validation
 from experiments.validation.recorded_steps import Recorded
 from experiments.validation.validate import (

@@ -296,8 +296,9 @@ def test_a_placement_is_searched_and_serves_what_it_was_rated_for(placement: Any
 
 
 def test_scenarios_can_ask_for_a_placement() -> None:
-    from experiments.scenario.file import Scenario, SystemSpec
+    from experiments.scenario.file import Scenario
     from experiments.scenario.resolve import resolve
+    from experiments.scenario.system import SystemSpec
 
     scenario = Scenario.of(
         {
