@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise, product
-from math import inf
+from math import ceil, inf
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from sim.cost import StageCost
 from sim.memory import kv_blocks, kv_bytes_available
 from sim.planners.thunderserve.groups import Counts, Group
-from sim.planners.thunderserve.replay import Decoder, Prefiller, Sample, Server, safe_load
+from sim.planners.thunderserve.replay import LOAD_STEPS, Decoder, Prefiller, Sample, Server, keeps, safe_load
 from sim.policy import Problem
 from sim.types import PS_PER_S, ConfigError, Replica, Role, Stage, Work
 
@@ -77,7 +77,12 @@ class Layouts:
         quickest, busiest = min(able, key=self._prompt_s), min(able, key=self._period_s)
         if quickest == busiest:
             return self.server(quickest, group.role)
-        return max((self.server(stages, group.role) for stages in (quickest, busiest)), key=self._within)
+        few, many = self.server(quickest, group.role), self.server(busiest, group.role)
+        most = self._within(many)
+        if few is None or many is None or most <= 0:
+            return few if self._within(few) >= most else many
+        step = ceil(most * LOAD_STEPS / few.capacity_per_s)  # at which the quicker one carries as much
+        return few if step < LOAD_STEPS and keeps(few, self.sample, self.problem.slo, step) else many
 
     def _within(self, server: Server | None) -> float:
         """Prompts/s within TTFT; of those that never keep it, the lower latency."""

@@ -288,21 +288,26 @@ def attainment(ttft_s: Floats, carry_s: Floats, decode_s: Floats, sample: Sample
     return share
 
 
+def keeps(server: Server, sample: Sample, slo: Slo, step: int) -> bool:
+    """Whether a prefill group, its queue its own, keeps TTFT at ``step`` of ``LOAD_STEPS`` of its capacity."""
+    return _kept(server.latency_at(step * server.capacity_per_s / LOAD_STEPS, sample), slo)
+
+
 def safe_load(server: Server, alone_s: Floats, sample: Sample, slo: Slo) -> float:
     """The part of its capacity at which a prefill group, its queue its own, keeps TTFT; 0 if not even alone."""
-    bound_s = inf if slo.e2e_s is None else E2E_SHARE * slo.e2e_s
-    bound_s = bound_s if slo.ttft_s is None else min(slo.ttft_s, slo.e2e_s or inf)
-
-    def kept(waited_s: Floats) -> bool:
-        return float((waited_s <= bound_s).mean()) >= slo.attainment
-
-    if not kept(alone_s):
+    if not _kept(alone_s, slo):
         return 0.0
     low, high = 0, LOAD_STEPS
     while high - low > 1:
         step = (low + high) // 2
-        if kept(server.latency_at(step * server.capacity_per_s / LOAD_STEPS, sample)):
+        if keeps(server, sample, slo, step):
             low = step
         else:
             high = step
     return max(1, low) / LOAD_STEPS
+
+
+def _kept(waited_s: Floats, slo: Slo) -> bool:
+    bound_s = inf if slo.e2e_s is None else E2E_SHARE * slo.e2e_s
+    bound_s = bound_s if slo.ttft_s is None else min(slo.ttft_s, slo.e2e_s or inf)
+    return float((waited_s <= bound_s).mean()) >= slo.attainment
